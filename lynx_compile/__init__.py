@@ -1,0 +1,1 @@
+"""lynx-compile: `torch.compile(model, backend="rt_lynx")`."""

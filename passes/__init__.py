@@ -1,0 +1,1 @@
+"""Graph rewrites on Dynamo's FX graph: graph in, graph out."""

@@ -1,0 +1,1 @@
+"""What runs: the method's definition, the operators, the kernels and their launch."""
