@@ -52,7 +52,7 @@ def kept_indices(metadata: Tensor, m: int) -> Tensor:
     """(M, K/4, 2) int64: the two kept positions of each group, ascending. Inverse of `pack`'s metadata."""
     blocks, columns, _ = metadata.shape
     words = metadata.to(torch.int64) & 0xFFFFFFFF
-    words = words.reshape(blocks, columns, 4, 8, 4).permute(0, 2, 3, 1, 4)  # (block, w, l // 4, column, l % 4)
+    words = words.reshape(blocks, columns, 4, 8, 4).permute(0, 2, 3, 1, 4)  # block, w, l // 4, column, l % 4
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=2)  # (block, w, half, l // 4, column, l % 4)
     halves = halves.reshape(blocks * BLOCK_ROWS, columns * 4)[:m]
     shifts = 4 * torch.arange(GROUP, device=metadata.device)

@@ -3,10 +3,10 @@
     sparsify       producer(inputs) → compressed values, metadata, row scale, LoRA down-projection t
     sparse_linear  those + W, B, b → y, with activation, gate and residual behind
 
-One `sparsify` feeds every linear layer that reads the same X. The definition is `semantics.py`, the compressed
-layout `layout.py`; both are covered by `VERSION`, which is an argument of each op so that a change of meaning
-misses every compile cache. The implementation here runs anywhere torch does and is the emulation; `kernels`
-overrides it on devices it has kernels for.
+One `sparsify` feeds every linear layer that reads the same X. The definition is `semantics.py`, the
+compressed layout `layout.py`; both are covered by `VERSION`, which is an argument of each op so that a change
+of meaning misses every compile cache. The implementation here runs anywhere torch does and is the emulation;
+`kernels` overrides it on devices it has kernels for.
 
 Registration goes through `Library.impl`, which costs a microsecond or two a call where a Python `custom_op`
 costs nine.
@@ -42,7 +42,7 @@ _library.define(
 def _check_version(version: int) -> None:
     if version != VERSION:
         raise ValueError(
-            f"this graph was compiled for version {version} of the rt_lynx ops, but version {VERSION} is loaded; "
+            f"this graph was compiled for version {version} of the rt_lynx ops, but {VERSION} is loaded; "
             "call torch.compiler.reset() and compile again"
         )
 
@@ -78,7 +78,9 @@ def _sparsify_reference(
     _check_version(version)
     x = semantics.produce(producer, inputs, eps, mult_offset)
     if x.shape[-1] % layout.BLOCK_COLUMNS:
-        raise ValueError(f"sparsify needs K to be a multiple of {layout.BLOCK_COLUMNS}, got K = {x.shape[-1]}")
+        raise ValueError(
+            f"sparsify needs K % {layout.BLOCK_COLUMNS} == 0, got K = {x.shape[-1]}; run it dense"
+        )
     pruned, keep, scale, t = semantics.sparsify(
         x, shift=shift, score=score, lora_down=lora_down, compensation=compensation
     )

@@ -6,7 +6,7 @@ Notation, used everywhere in this project:
     W   (N, K)  weight, row-major as in `torch.nn.Linear`
     A   (R, K)  LoRA down-projection,   B (N, R) LoRA up-projection
 
-    z    = x − μ                       μ: per-channel shift (default 0); W·μ is folded into the bias by the caller
+    z    = x − μ                       μ: per-channel shift (default 0); the caller folds W·μ into b
     q    = |z| · c                     c: per-channel score (default 1)
     keep = top-2 of q in each group of 4 neighbours along K; ties go to the lower index
     z̃    = z where kept, else 0
@@ -18,7 +18,7 @@ Arithmetic is fp32 for bf16, fp16 and fp32 inputs and fp64 for fp64 inputs; z, z
 dtype once each. A NaN or Inf in row i may poison row i, never another row: a NaN score counts as +Inf, so the
 non-finite value is kept and reaches the output. An all-zero row gives exactly t · Bᵀ + b.
 
-Source: RT-Lynx (arXiv 2605.26632), sections on 2:4 activation sparsity, norm compensation and the LoRA branch.
+Source: RT-Lynx (arXiv 2605.26632): 2:4 activation sparsity, norm compensation and the LoRA branch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def produce(producer: str, inputs: Sequence[Tensor | None], eps: float = 0.0, mult_offset: float = 0.0) -> Tensor:
+def produce(
+    producer: str, inputs: Sequence[Tensor | None], eps: float = 0.0, mult_offset: float = 0.0
+) -> Tensor:
     """X, (M, K): the tensor in front of the linear layer, computed in fp32 and rounded to its dtype once.
 
     Inputs are N-D with channels last and are flattened to rows. `mult` and `add` (adaLN modulation) hold one
@@ -101,7 +103,8 @@ def produce(producer: str, inputs: Sequence[Tensor | None], eps: float = 0.0, mu
         out = ACTIVATIONS[producer.removesuffix("_mul")](first) * rows[1]
     elif producer.startswith("cat"):
         assert rows[1] is not None
-        out = torch.cat([first, ACTIVATIONS[producer.removeprefix("cat").removeprefix("_") or "none"](rows[1])], -1)
+        activation = ACTIVATIONS[producer.removeprefix("cat").removeprefix("_") or "none"]
+        out = torch.cat([first, activation(rows[1])], -1)
     elif producer in ("layer_norm", "rms_norm"):
         out = _normalized(producer, rows, eps, mult_offset)
     else:
@@ -172,10 +175,7 @@ def sparsify(
         scale = (z.to(acc).square().sum(-1) / (pruned.to(acc).square().sum(-1) + NORM_EPS)).sqrt()
     else:
         scale = torch.ones(x.shape[0], dtype=acc, device=x.device)
-    if lora_down is None:
-        t = x.new_empty(x.shape[0], 0)
-    else:
-        t = (z.to(acc) @ lora_down.to(acc).T).to(x.dtype)
+    t = x.new_empty(x.shape[0], 0) if lora_down is None else (z.to(acc) @ lora_down.to(acc).T).to(x.dtype)
     return Sparsified(pruned, keep, scale, t)
 
 

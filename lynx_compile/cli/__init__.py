@@ -1,0 +1,29 @@
+"""The `rt-lynx` command line: one file a command.
+
+A file here holds a `typer.Typer` named `app`: without a name its commands join the top level
+(`rt-lynx demo`), with a name they form a group (`rt-lynx bench gemm`). The files import torch and diffusers
+inside their functions, so that `rt-lynx --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Diffusion transformers with 2:4 sparse activations.")
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+for _module in pkgutil.iter_modules(__path__):
+    app.add_typer(importlib.import_module(f"{__name__}.{_module.name}").app)
+
+
+def main() -> None:
+    """Entry point of the `rt-lynx` script."""
+    app()
