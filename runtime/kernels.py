@@ -32,8 +32,8 @@ def _device_reason(index: int | None) -> str | None:
         return f"no kernels: torch {torch.__version__} sees no CUDA device here"
     capability = torch.cuda.get_device_capability(index)
     if capability < FIRST_CAPABILITY:
-        name = torch.cuda.get_device_name(index)
-        return f"no kernels: {name} has compute capability {capability[0]}.{capability[1]}, they need 8.0 or newer"
+        found = f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}"
+        return f"no kernels: {found}, and sparse tensor cores start at 8.0"
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
         return "no kernels: cuda.core, which compiles them, is missing; pip install 'lynx-compile[cuda]'"
     return None
