@@ -2,6 +2,8 @@
 
     sparsify       producer(inputs) → compressed values, metadata, row scale, LoRA down-projection t
     sparse_linear  those + W, B, b → y, with activation, gate and residual behind
+    linear         a dense linear layer that carries the data to become sparse; anything but the rt_lynx
+                   backend sees an ordinary `aten.linear`
 
 One `sparsify` feeds every linear layer that reads the same X. The definition is `semantics.py`, the
 compressed layout `layout.py`; both are covered by `VERSION`, which is an argument of each op so that a change
@@ -36,6 +38,12 @@ _library.define(
     "Tensor? lora_up=None, Tensor? bias=None, str activation='none', Tensor? gate=None, "
     f"Tensor? residual=None, int version={VERSION}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? lora_down, Tensor? lora_up, Tensor? shift, "
+    "Tensor? score, Tensor? folded_bias, str decision, int dense_tokens=0, "
+    f"int version={VERSION}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -158,10 +166,29 @@ def _sparse_linear_fake(
     return values.new_empty((values.shape[0], weight.shape[0]))
 
 
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_down: Tensor | None,
+    lora_up: Tensor | None,
+    shift: Tensor | None,
+    score: Tensor | None,
+    folded_bias: Tensor | None,
+    decision: str,
+    dense_tokens: int = 0,
+    version: int = VERSION,
+) -> Tensor:
+    _check_version(version)
+    return torch.nn.functional.linear(input, weight, bias)
+
+
 _library.impl("sparsify", _sparsify_reference, "CompositeExplicitAutograd")
 _library.impl("sparse_linear", _sparse_linear_reference, "CompositeExplicitAutograd")
+_library.impl("linear", _linear, "CompositeImplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::sparsify", _sparsify_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::sparse_linear", _sparse_linear_fake, lib=_library)
 
 sparsify = torch.ops.rt_lynx.sparsify.default
 sparse_linear = torch.ops.rt_lynx.sparse_linear.default
+linear = torch.ops.rt_lynx.linear.default

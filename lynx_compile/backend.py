@@ -1,0 +1,119 @@
+"""The torch.compile backend.
+
+torch.compile(model, backend="rt_lynx", options={"skip": ["*.to_out.0"]})
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import passes, policy
+from .options import Options
+from .passes import Linear
+from .passes.graph import expression, hint, tensor
+from .report import GraphReport, Row, record
+
+log = logging.getLogger(__name__)
+
+
+def rt_lynx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Make the linear layers of a Dynamo graph sparse in their activations and compile the rest.
+
+    Registered as `backend="rt_lynx"`. options: see `Options`. What was decided is in `lynx_compile.report()`.
+    """
+    settings = Options.parse(options, mode)
+    rewrite(gm, settings)
+    if settings.rest == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx  # a second of imports that rest="eager" does without
+
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=settings.config_patches())
+    return compiled
+
+
+def rewrite(gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = None) -> GraphReport:
+    """Rewrite a graph in place: normalise → match → decide → rewrite. Returns (and records) what was decided.
+
+    The graph is left exactly as it was when nothing in it becomes sparse, when gradients are on, and when a
+    pass fails (with `strict=True`, that error is raised instead).
+    """
+    settings = options if isinstance(options, Options) else Options.parse(options)
+    linears: list[Linear] = []
+    try:
+        graph = copy.deepcopy(gm.graph)  # a pass that fails half-way leaves the original alone
+        graph.owning_module = gm
+        passes.normalize(graph)
+        linears = passes.find_linears(graph)
+        note = _reason_to_leave(gm)
+        decisions = policy.decide(linears, settings) if note is None else _all_dense(linears, note)
+        report = GraphReport(tuple(map(_row, linears, decisions)), note)
+        chosen = [linear for linear, decision in zip(linears, decisions, strict=True) if decision.sparse]
+        if chosen:
+            passes.sparsify_linears(graph, chosen, settings.compensation)
+            passes.lower_markers(graph)
+            graph.eliminate_dead_code()
+            graph.lint()
+            gm.graph = graph
+    except Exception as error:
+        if settings.strict:
+            raise
+        note = f"rewriting failed, so the model runs dense: {type(error).__name__}: {error}"
+        report = GraphReport(tuple(map(_row, linears, _all_dense(linears, note))), note)
+        log.warning("%s (options={'strict': True} raises it)", note, exc_info=True)
+    _notify(report)
+    record(report)
+    return report
+
+
+def _reason_to_leave(gm: fx.GraphModule) -> str | None:
+    """Why the graph as a whole must stay as it is, None if it need not."""
+    switches = [node for node in gm.graph.nodes if node.target is torch._C._set_grad_enabled]
+    if any(switch.args[0] for switch in switches):
+        return "gradients are switched on inside the graph, and sparse layers are for inference"
+    if torch.is_grad_enabled():
+        inputs = [tensor(node) for node in gm.graph.nodes if node.op == "placeholder"]
+        if any(t is not None and t.requires_grad for t in [*inputs, *gm.parameters()]):
+            return "gradients are on, and sparse layers are for inference: use torch.no_grad()"
+    return None
+
+
+def _all_dense(linears: Sequence[Linear], reason: str) -> list[policy.Decision]:
+    return [policy.Decision(False, reason)] * len(linears)
+
+
+def _row(linear: Linear, decision: policy.Decision) -> Row:
+    return Row(
+        name=linear.name,
+        m=hint(linear.m),
+        n=linear.n,
+        k=linear.k,
+        decision="sparse" if decision.sparse else "dense",
+        reason=decision.reason,
+        pattern=None if linear.obstacle else "linear",
+        symbol=None if isinstance(linear.m, int) else str(expression(linear.m)),
+    )
+
+
+def _notify(report: GraphReport) -> None:
+    """One notice a process and reason when kernels are missing, so that dense never comes as a surprise."""
+    missing = sorted({row.reason for row in report.rows if row.reason.startswith(policy.NO_KERNELS)})
+    if missing and not any(row.decision == "sparse" for row in report.rows):
+        _notify_once(missing[0])
+
+
+@functools.cache
+def _notify_once(reason: str) -> None:
+    log.warning("the model runs dense: %s. options={'emulate': True} emulates them", reason)

@@ -1,0 +1,143 @@
+"""Per-layer data and decisions, carried by the linear modules themselves.
+
+    attach(model.transformer_blocks[0].attn.to_q, down=A, up=B, shift=mu, decision="sparse")
+
+makes the module a `LynxLinear` in place: same weights, same name, same state dict; what it carries are
+non-persistent buffers, so `.to()`, offloading and regional compilation treat them as what they are, inputs of
+the graph. Every backend but rt_lynx, and eager mode, still computes the exact dense layer.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .runtime import ops
+
+DECISIONS = ("sparse", "dense")
+_BUFFERS = ("lynx_down", "lynx_up", "lynx_shift", "lynx_score", "lynx_bias")
+_ATTRIBUTES = ("lynx_decision", "lynx_reason", "lynx_dense_tokens", "lynx_switch")
+
+
+class Switch(Protocol):
+    """Anything that says whether the layers that hold it run dense at present (dense first steps)."""
+
+    dense: bool
+
+
+class LynxLinear(nn.Linear):
+    """An `nn.Linear` that carries the data to become sparse. Made by `attach`, undone by `detach`.
+
+    lynx_down (R, K), lynx_up (N, R): the compensating LoRA branch.  lynx_shift (K,): μ.  lynx_score (K,): c.
+    lynx_bias (N,): b + W·μ, made from the shift.  Each may be None.
+    lynx_decision: "sparse", "dense" or None (the policy decides).  lynx_reason: why, for people.
+    lynx_dense_tokens: leading tokens of each sample that stay dense.  lynx_switch: says when all do.
+    """
+
+    lynx_down: Tensor | None
+    lynx_up: Tensor | None
+    lynx_shift: Tensor | None
+    lynx_score: Tensor | None
+    lynx_bias: Tensor | None
+    lynx_decision: str | None
+    lynx_reason: str
+    lynx_dense_tokens: int
+    lynx_switch: Switch | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x · Wᵀ + b, exactly; the rt_lynx backend replaces it by the sparse layer."""
+        if self.lynx_switch is not None and self.lynx_switch.dense:
+            return torch.nn.functional.linear(input, self.weight, self.bias)
+        return ops.linear(
+            input,
+            self.weight,
+            self.bias,
+            self.lynx_down,
+            self.lynx_up,
+            self.lynx_shift,
+            self.lynx_score,
+            self.lynx_bias,
+            self.lynx_decision or "",
+            self.lynx_dense_tokens,
+        )
+
+
+def attach(
+    module: nn.Module,
+    *,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    decision: str | None = None,
+    reason: str = "",
+    dense_tokens: int = 0,
+    switch: Switch | None = None,
+) -> LynxLinear:
+    """Make an `nn.Linear` a `LynxLinear` in place, or replace what one carries; returns the module.
+
+    down (R, K) and up (N, R) come together; shift and score are (K,). Tensors are moved to the weight's
+    device and dtype; layers that are given one tensor object (down or shift of Q, K and V) share its work.
+    Raises TypeError for a module that is no plain linear layer, ValueError for a shape or decision that does
+    not fit.
+    """
+    if type(module) not in (nn.Linear, LynxLinear):
+        raise TypeError(f"cannot attach to a {type(module).__name__}: it is not a torch.nn.Linear")
+    assert isinstance(module, nn.Linear)
+    n, k = module.weight.shape
+    if (down is None) != (up is None):
+        raise ValueError("down and up are the two factors of one LoRA branch: give both or none")
+    rank = 0 if down is None else down.shape[0]
+    wanted = {
+        "down": (down, (rank, k)),
+        "up": (up, (n, rank)),
+        "shift": (shift, (k,)),
+        "score": (score, (k,)),
+    }
+    for name, (given, shape) in wanted.items():
+        if given is not None and tuple(given.shape) != shape:
+            raise ValueError(f"{name} is {tuple(given.shape)}; a layer of (N, K) = {(n, k)} needs {shape}")
+    if decision is not None and decision not in DECISIONS:
+        raise ValueError(f"decision={decision!r} is unknown; give 'sparse', 'dense' or None")
+    if dense_tokens < 0:
+        raise ValueError(f"dense_tokens={dense_tokens} is negative; it counts leading tokens of a sample")
+    _become(module, LynxLinear)
+    assert isinstance(module, LynxLinear)
+    weight = module.weight.detach()
+    data: dict[str, Any] = {"lynx_down": down, "lynx_up": up, "lynx_shift": shift, "lynx_score": score}
+    for name, given in data.items():
+        placed = None if given is None else given.detach().to(device=weight.device, dtype=weight.dtype)
+        module.register_buffer(name, placed, persistent=False)
+    module.register_buffer("lynx_bias", _fold(weight, module.bias, module.lynx_shift), persistent=False)
+    module.lynx_decision, module.lynx_reason = decision, reason
+    module.lynx_dense_tokens, module.lynx_switch = dense_tokens, switch
+    return module
+
+
+def detach(module: nn.Module) -> nn.Module:
+    """Undo `attach`: the module is the `nn.Linear` it was. A plain module is returned as it is."""
+    if isinstance(module, LynxLinear):
+        for name in (*_BUFFERS, *_ATTRIBUTES):
+            delattr(module, name)
+        _become(module, nn.Linear)
+    return module
+
+
+def _fold(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """b + W·μ, (N,), rounded once."""
+    if shift is None:
+        return None
+    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    folded = weight.to(acc) @ shift.to(acc)
+    return (folded if bias is None else folded + bias.detach().to(acc)).to(weight.dtype)
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Swap the class; the bound forward that hooks (accelerate, diffusers) keep follows."""
+    module.__class__ = cls
+    for name, held in list(vars(module).items()):
+        if isinstance(held, types.MethodType) and held.__self__ is module and held.__name__ == "forward":
+            setattr(module, name, types.MethodType(cls.forward, module))

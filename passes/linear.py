@@ -1,0 +1,329 @@
+"""Linear layers: finding them in a graph, and making those that were chosen sparse.
+
+    y = linear(x, w, b)                      s = sparsify("identity", [x], …)
+    z = linear(x, v, c)             →        y = sparse_linear(*s, w, bias=b).reshape(…)
+                                             z = sparse_linear(*s, v, bias=c).reshape(…)
+
+All linear layers that read the same X share one `sparsify`; LoRA down-projections are stacked and each layer
+takes its columns of t. `rt_lynx::linear` is a linear layer with per-layer data (`lynx_compile.layers`).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..runtime import layout, ops
+from .graph import arg, insert, is_one, kind, replace, rows, skip_row_views, tensor
+from .mutation import Mutations
+
+META = "rt_lynx"  # key of node.meta: what a later pass must know of a sparse_linear
+RANK_MULTIPLE = 16  # the LoRA branch runs in steps of 16 on tensor cores
+CHANNEL_MULTIPLE = 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass
+class Linear:
+    """One linear layer of a graph: y (…, N) = x (…, K) · W (N, K)ᵀ + b.
+
+    down (R, K), up (N, R), shift (K), score (K), folded_bias (N): the layer's own data, graph inputs or None.
+    wish: the decision attached to the layer ("sparse", "dense" or None).
+    obstacle: why it cannot be sparse whatever is wished, None if it can.
+    """
+
+    node: fx.Node
+    name: str
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    m: Any
+    n: int
+    k: int
+    dtype: torch.dtype
+    device: torch.device
+    obstacle: str | None = None
+    wish: str | None = None
+    down: fx.Node | None = None
+    up: fx.Node | None = None
+    shift: fx.Node | None = None
+    score: fx.Node | None = None
+    folded_bias: fx.Node | None = None
+
+
+def find_linears(graph: fx.Graph) -> list[Linear]:
+    """Every linear layer, in execution order, also those that cannot be sparse (with the reason)."""
+    return [found for node in graph.nodes if (found := match_linear(node)) is not None]
+
+
+def match_linear(node: fx.Node) -> Linear | None:
+    """The linear layer a node is, or is in disguise (1×1 convolution, grouped product); None for the rest."""
+    if kind(node) == "linear":
+        x, weight, bias = arg(node, "input"), arg(node, "weight"), arg(node, "bias")
+        data: dict[str, Any] = {}
+    elif is_marker(node):
+        x, weight, bias, down, up, shift, score, folded, wish = node.args[:9]
+        data = {"down": down, "up": up, "shift": shift, "score": score, "folded_bias": folded}
+        data["wish"] = wish or None
+    else:
+        return _match_disguised(node)
+    x_value, w_value, out = tensor(x), tensor(weight), tensor(node)
+    if x_value is None or w_value is None or out is None or w_value.dim() != 2 or not x_value.dim():
+        return None
+    n, k = (int(size) if isinstance(size, int) else 0 for size in w_value.shape)
+    found = Linear(
+        node, layer_name(node, weight), x, weight, bias, rows(x_value.shape), n, k, out.dtype, x_value.device
+    )
+    found.obstacle = _obstacle(found, x_value, w_value, out)
+    for name, source in data.items():
+        setattr(found, name, source)
+    return found
+
+
+def is_marker(node: Any) -> bool:
+    """Whether a node is `rt_lynx::linear`."""
+    return isinstance(node, fx.Node) and node.target in (torch.ops.rt_lynx.linear, ops.linear)
+
+
+def lower_markers(graph: fx.Graph) -> int:
+    """rt_lynx::linear(x, w, b, …) → linear(x, w, b): the exact dense layer of the original weights."""
+    markers = [node for node in graph.nodes if is_marker(node)]
+    for node in markers:
+        replace(node, insert(node, torch._C._nn.linear, tuple(node.args[:3]), node))
+    return len(markers)
+
+
+def sparsify_linears(graph: fx.Graph, linears: Sequence[Linear], compensation: str = "norm") -> int:
+    """Make the given layers sparse, one `sparsify` for those that read the same X; returns how many."""
+    mutations = Mutations(graph)
+    groups: list[_Group] = []
+    for linear in linears:
+        source = _source(linear, mutations)
+        group = next((g for g in groups if g.takes(linear, source, mutations)), None)
+        if group is None:
+            groups.append(_Group(source, [linear]))
+        else:
+            group.members.append(linear)
+    for group in groups:
+        group.rewrite(compensation)
+    return len(linears)
+
+
+def _source(linear: Linear, mutations: Mutations) -> fx.Node:
+    """X before reshapes of its rows, unless it is written to after one of them (which may have copied)."""
+    source = skip_row_views(linear.x)
+    return linear.x if mutations.between(source, source, linear.node) else source
+
+
+@dataclass
+class _Group:
+    """Layers that share one `sparsify`: the same rows of X, shift and score."""
+
+    source: fx.Node
+    members: list[Linear]
+
+    def takes(self, linear: Linear, source: fx.Node, mutations: Mutations) -> bool:
+        first = self.members[0]
+        same_x = source is self.source and linear.dtype == first.dtype
+        same_data = linear.shift is first.shift and linear.score is first.score
+        return same_x and same_data and not mutations.between(source, first.node, linear.node)
+
+    def rewrite(self, compensation: str) -> None:
+        first = self.members[0]
+        downs: list[fx.Node] = []  # distinct ones: layers may share a down-projection
+        for linear in self.members:
+            if linear.down is not None and linear.down not in downs:
+                downs.append(linear.down)
+        starts, total = {}, 0
+        for down in downs:
+            starts[down] = total
+            total += rank_of(down)
+        x = _cast(self.source, first.dtype, first.node)
+        sparsified = insert(
+            first.node,
+            ops.sparsify,
+            ("identity", [x]),
+            first.node,
+            **{name: node for name in ("shift", "score") if (node := getattr(first, name)) is not None},
+            **({"lora_down": stack_rows(downs, first.node)} if downs else {}),
+            compensation=compensation,
+        )
+        outputs = tuple(getitem(sparsified, i, first.node) for i in range(4))
+        for linear in self.members:
+            self._lower(linear, outputs, starts, total)
+
+    def _lower(
+        self, linear: Linear, outputs: tuple[fx.Node, ...], starts: dict[fx.Node, int], total: int
+    ) -> None:
+        node, (values, metadata, scale, t) = linear.node, outputs
+        extra: dict[str, Any] = {}
+        if linear.down is not None and linear.up is not None:
+            rank = rank_of(linear.down)
+            if rank != total:
+                t = insert(node, torch.narrow, (t, 1, starts[linear.down], rank), node)
+            extra["lora_up"] = _cast(linear.up, linear.dtype, node)
+        weight = _cast(linear.weight, linear.dtype, node)
+        bias = linear.folded_bias if linear.folded_bias is not None else linear.bias
+        if bias is not None:
+            extra["bias"] = _cast(bias, linear.dtype, node)
+        y = insert(node, ops.sparse_linear, (values, metadata, scale, t, weight), node, **extra)
+        y.meta[META] = {"dense_bias": linear.bias, "own_rank": rank_of(linear.down), "name": linear.name}
+        replace(node, restore_shape(y, linear.x, node))
+
+
+def restore_shape(y: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
+    """y (M, N) in the leading dimensions of X; symbolic sizes are asked from X."""
+    x_value, out = tensor(x), tensor(like)
+    assert x_value is not None
+    assert out is not None
+    if x_value.dim() == 2:
+        return y
+    size_of = torch.ops.aten.sym_size.int
+    sizes: list[Any] = [
+        size if isinstance(size, int) else insert(like, size_of, (x, axis), like)
+        for axis, size in enumerate(x_value.shape[:-1])
+    ]
+    return insert(like, torch.reshape, (y, [*sizes, out.shape[-1]]), like)
+
+
+def stack_rows(parts: Sequence[fx.Node], before: fx.Node) -> fx.Node:
+    """LoRA down-projections of several branches, one below the other."""
+    return parts[0] if len(parts) == 1 else insert(before, torch.cat, (list(parts),), parts[0])
+
+
+def getitem(node: fx.Node, index: int, before: fx.Node) -> fx.Node:
+    """node[index]."""
+    return insert(before, operator.getitem, (node, index), node)
+
+
+def rank_of(down: fx.Node | None) -> int:
+    """R of a LoRA down-projection (R, K); 0 without one."""
+    example = tensor(down)
+    return 0 if example is None else int(example.shape[0])
+
+
+def _cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+    """Under autocast, and only there, a linear layer reads its inputs in another dtype than they have."""
+    example = tensor(node)
+    if example is None or example.dtype == dtype:
+        return node
+    cast = insert(before, torch.ops.aten._to_copy.default, (node,), before, dtype=dtype)
+    cast.meta["example_value"] = example.to(dtype)
+    return cast
+
+
+def _obstacle(linear: Linear, x: Tensor, weight: Tensor, out: Tensor) -> str | None:
+    """Why the layer cannot be sparse on any device, in words for the report."""
+    for role, example in (("input", x), ("weight", weight)):
+        if is_traceable_wrapper_subclass(example):
+            return f"the {role} is a {type(example).__name__}, not a plain tensor"
+        if example.layout != torch.strided:
+            return f"the {role} has layout {example.layout}"
+        if example.dtype not in _DTYPES:
+            return f"the {role} is {example.dtype}"
+    if out.dtype not in _DTYPES or (out.dtype != x.dtype and out.dtype.itemsize != 2):
+        return f"the output is {out.dtype} for an input of {x.dtype}"
+    if out.dtype == x.dtype != weight.dtype:
+        return f"the weight is {weight.dtype} and the input {x.dtype}"
+    if weight.device != x.device:
+        return f"the weight is on {weight.device} and the input on {x.device}"
+    if not linear.k or linear.k % layout.BLOCK_COLUMNS:
+        return f"K = {weight.shape[1]} is not a multiple of {layout.BLOCK_COLUMNS}"
+    if not linear.n or linear.n % CHANNEL_MULTIPLE:
+        return f"N = {weight.shape[0]} is not a multiple of {CHANNEL_MULTIPLE}"
+    if weight.stride() != (linear.k, 1):
+        return "the weight is not stored row by row, as (N, K)"
+    return None
+
+
+def _match_disguised(node: fx.Node) -> Linear | None:
+    """Convolutions that are linear layers, and products with a stored weight that is not a plain (N, K)."""
+    if kind(node) == "conv":
+        return _match_convolution(node)
+    names = {"matmul": ("input", "other"), "bmm": ("input", "mat2"), "baddbmm": ("batch1", "batch2")}
+    if kind(node) in names:
+        x, weight = (arg(node, name) for name in names[kind(node)])
+        x_value, w_value = tensor(x), tensor(weight)
+        if x_value is None or w_value is None or w_value.dim() < 2 or not _is_parameter(weight):
+            return None
+        grouped = w_value.dim() > 2
+        k, n = (int(size) if isinstance(size, int) else 0 for size in w_value.shape[-2:])
+        why = "grouped linear: one weight a group" if grouped else "the weight is stored as (K, N)"
+        return Linear(
+            node, layer_name(node, weight), x, weight, None, rows(x_value.shape), n, k, x_value.dtype,
+            x_value.device, obstacle=why,
+        )  # fmt: skip
+    return None
+
+
+def _match_convolution(node: fx.Node) -> Linear | None:
+    """A convolution whose windows do not overlap: kernel size 1, or equal to the stride without padding."""
+    x, weight = arg(node, "input"), arg(node, "weight")
+    x_value, w_value, out = tensor(x), tensor(weight), tensor(node)
+    if x_value is None or w_value is None or out is None:
+        return None
+    kernel = tuple(w_value.shape[2:])
+    stride = arg(node, "stride", 1)
+    stride = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride)
+    if any(not is_one(size) for size in kernel) and kernel != stride:
+        return None
+    groups = arg(node, "groups", 1)
+    n, k = int(w_value.shape[0]), int(w_value[0].numel())
+    m = rows(out.movedim(1, -1).shape)
+    what = f"grouped convolution ({groups} groups)" if groups != 1 else "convolution"
+    why = f"{what}: its channels are not the last dimension"
+    return Linear(
+        node, layer_name(node, weight), x, weight, arg(node, "bias"), m, n, k, out.dtype, x_value.device, why
+    )
+
+
+def layer_name(node: fx.Node, weight: Any) -> str:
+    """The layer's fully qualified name in one spelling: "transformer_blocks.0.attn.to_q"."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path, module = list(stack.values())[-1]
+        if (
+            isinstance(module, type)
+            and issubclass(module, nn.Module)
+            and (issubclass(module, (nn.Linear, nn.modules.conv._ConvNd)) or "Linear" in module.__name__)
+        ):
+            return normalize_name(path)
+    source = _parameter_name(weight)
+    if source:
+        return normalize_name(source.removesuffix(".weight"))
+    return normalize_name(list(stack.values())[-1][0]) if stack else node.name
+
+
+def _is_parameter(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.op not in ("placeholder", "get_attr"):
+        return False
+    return isinstance(tensor(node), nn.Parameter) or "_parameters_" in str(node.target)
+
+
+def _parameter_name(weight: Any) -> str | None:
+    if not isinstance(weight, fx.Node):
+        return None
+    if weight.op == "get_attr":
+        return str(weight.target)
+    source = getattr(weight.meta.get("grapharg"), "source", None)
+    if source is None:
+        return None
+    name = source.name() if callable(source.name) else source.name
+    return name if "_parameters" in name or "_buffers" in name else None
+
+
+def normalize_name(path: str) -> str:
+    """One spelling for L['self']._modules['blocks']._modules['0'] and _orig_mod.blocks.0.base_layer."""
+    path = re.sub(r"^[LG]\['[^']*'\]", "", path)
+    path = re.sub(r"\.?__dict__\['_modules'\]|\._modules\b|\._parameters\b|\._buffers\b", "", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    path = re.sub(r"@\d+$", "", path)
+    hidden = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "module"}
+    return ".".join(part for part in path.split(".") if part and part not in hidden)
