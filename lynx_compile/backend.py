@@ -53,8 +53,7 @@ def rewrite(gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = No
     settings = options if isinstance(options, Options) else Options.parse(options)
     linears: list[Linear] = []
     try:
-        graph = copy.deepcopy(gm.graph)  # a pass that fails half-way leaves the original alone
-        graph.owning_module = gm
+        graph = _copy(gm)  # a pass that fails half-way leaves the original alone
         passes.normalize(graph)
         linears = passes.find_linears(graph)
         note = _reason_to_leave(gm)
@@ -76,6 +75,16 @@ def rewrite(gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = No
     _notify(report)
     record(report)
     return report
+
+
+def _copy(gm: fx.GraphModule) -> fx.Graph:
+    graph = copy.deepcopy(gm.graph)
+    graph.owning_module = gm
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        for name, held in vars(old).items():
+            if name not in vars(new):  # Dynamo writes a placeholder's source onto the node itself
+                setattr(new, name, held)
+    return graph
 
 
 def _reason_to_leave(gm: fx.GraphModule) -> str | None:
