@@ -34,6 +34,9 @@ ELEMENT = 2  # bytes of bf16 and fp16
 MAX_TOKENS = 1 << 16  # beyond this, no layer of a diffusion transformer has a break-even left to find
 TOKEN_STEP = 64
 
+_GIVEN = ("multiprocessors", "copy_tb_s")  # what a table says of its device besides the measured rows
+_MEASURED = ("dense", "sparsify", "gemm")
+
 M, N, K, R = sympy.symbols("M N K R", integer=True, positive=True)
 
 
@@ -160,6 +163,43 @@ def table_from_bench(bench: dict[str, Any], table: dict[str, Any]) -> dict[str, 
         "sparsify": _unique([row["m"], row["k"], row["lora_rank"], row["sparsify_ms"]] for row in complete),
         "gemm": _unique([row["m"], row["n"], row["k"], row["lora_rank"], row["gemm_ms"]] for row in complete),
     }
+
+
+def refit(bench: dict[str, Any]) -> tuple[Path, CostModel]:
+    """Write the rows of a `rt-lynx bench gemm --json` result as its device's cost table; (file, fit).
+
+    A device without a table needs `multiprocessors` and `copy_tb_s` in the result. Raises ValueError.
+    """
+    name = bench.get("device", "")
+    key = device_key(name)
+    if key is None:
+        missing = [field for field in _GIVEN if not bench.get(field)]
+        if not name or missing:
+            raise ValueError(
+                f"no cost table for device {name!r} yet, and the bench result lacks "
+                f"{', '.join(missing) or 'its device'}; run `rt-lynx bench gemm --json` on it again"
+            )
+        key = "".join(c for c in name.lower().removeprefix("nvidia ") if c.isalnum())
+        table = {"schema": SCHEMA, "device": name, "names": [name], **{f: bench[f] for f in _GIVEN}}
+    else:
+        table = _table(key)
+    table = table_from_bench(bench, table)
+    costs = fit(key, table)
+    path = Path(str(resources.files("lynx_compile").joinpath("data"))) / f"{key}.json"
+    path.write_text(_dump(table))
+    for cached in (_table, model, break_even_tokens):
+        cached.cache_clear()
+    return path, costs
+
+
+def _dump(table: dict[str, Any]) -> str:
+    """JSON with one measured row a line."""
+    head = {name: value for name, value in table.items() if name not in _MEASURED}
+    rows = {name: ",\n  ".join(json.dumps(row) for row in table[name]) for name in _MEASURED}
+    tail = ",\n".join(
+        f' "{name}": [\n  {lines}\n ]' if lines else f' "{name}": []' for name, lines in rows.items()
+    )
+    return json.dumps(head, indent=1).removesuffix("\n}") + ",\n" + tail + "\n}\n"
 
 
 def load_table(path: str | Path) -> dict[str, Any]:
