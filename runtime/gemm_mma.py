@@ -1,0 +1,77 @@
+"""`sparse_linear` on warp-level sparse instructions, for every GPU since Ampere (csrc/sparse_gemm_mma.cu)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .launch import Kernel
+from .semantics import ACTIVATIONS
+
+TILE = 128  # rows and columns of y that one block computes
+THREADS = 256
+SMEM = 3 * (TILE * 64 + TILE * 128 + TILE * 8)  # stages of values, weights and metadata
+
+
+@functools.cache
+def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
+    """The variant for an element type and an activation of `semantics.ACTIVATIONS`.
+
+    overlap: launch before the kernel in front is done, which needs compute capability 9.0.
+    """
+    return Kernel(
+        "sparse_gemm_mma.cu",
+        "sparse_gemm_mma",
+        parameters="PPPPPPPPPPiiiiii",
+        threads=THREADS,
+        smem=SMEM,
+        overlap=overlap,
+        defines={"FLOAT16": int(dtype == torch.float16), "ACTIVATION": list(ACTIVATIONS).index(activation)},
+    )
+
+
+def sparse_gemm(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    weight: Tensor,
+    lora_up: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """y (M, N) of `ops.sparse_linear`. Operands are checked and contiguous; the rank is a multiple of 16."""
+    m, half = values.shape
+    n = weight.shape[0]
+    device = values.get_device()
+    y = values.new_empty((m, n))
+    kernel(values.dtype, activation, _overlaps(device))(
+        device,
+        (-(-m // TILE) * -(-n // TILE), 1, 1),
+        values.data_ptr(),
+        metadata.data_ptr(),
+        scale.data_ptr(),
+        weight.data_ptr(),
+        t.data_ptr(),
+        0 if lora_up is None else lora_up.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if gate is None else gate.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        y.data_ptr(),
+        m,
+        n,
+        2 * half,
+        0 if lora_up is None else lora_up.shape[1],
+        m if gate is None else m // (gate.numel() // n),
+        0,
+    )
+    return y
+
+
+@functools.cache
+def _overlaps(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
