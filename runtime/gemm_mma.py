@@ -24,7 +24,7 @@ def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
     return Kernel(
         "sparse_gemm_mma.cu",
         "sparse_gemm_mma",
-        parameters="PPPPPPPPPPiiiiii",
+        parameters="PPPPPPPPPPiiiii",
         threads=THREADS,
         smem=SMEM,
         overlap=overlap,
@@ -67,7 +67,6 @@ def sparse_gemm(
         2 * half,
         0 if lora_up is None else lora_up.shape[1],
         m if gate is None else m // (gate.numel() // n),
-        0,
     )
     return y
 

@@ -15,7 +15,7 @@ import functools
 import struct
 import sys
 import threading
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_uint, c_void_p
 from typing import Any
 
 import torch
@@ -33,7 +33,6 @@ TENSOR_MAP_ALIGNMENT = 64
 _ATTRIBUTE_CLUSTER, _ATTRIBUTE_PROGRAMMATIC_LAUNCH = 4, 6
 _MAX_DYNAMIC_SMEM = 8
 _CAPTURE_RELAXED = 2
-_PARAM_BUFFER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _MAP_TYPES = {
     torch.uint8: 0,
     torch.int32: 3,
@@ -54,7 +53,8 @@ class Kernel:
 
     source, defines: the file and its macros. name: an `extern "C" __global__` function in it.
     parameters: one code each, in order: "P" pointer as int (0 is null), "i" int, "I" unsigned, "q" long long,
-    "f" float, "T" a `tensor_map`, passed by value (`const __grid_constant__ CUtensorMap`).
+    "f" float, "T" a `tensor_map`, passed by value (`const __grid_constant__ TensorMap`). A kernel that takes one
+    struct lists the struct's fields.
     threads: of a block. smem: dynamic shared memory of a block, bytes. cluster: blocks of one, along x.
     overlap: may start while the kernel before it on the stream still runs (programmatic dependent launch); it
     must then execute `griddepcontrol.wait` before it touches what that kernel wrote.
@@ -74,7 +74,7 @@ class Kernel:
     ) -> None:
         self.source, self.name, self.defines = source, name, dict(defines or {})
         self.threads, self.smem, self.cluster, self.overlap = threads, smem, cluster, overlap
-        self._layout = _parameter_struct(parameters)
+        self._layout, self._offsets = _parameter_struct(parameters)
         self._handles: dict[int, c_void_p] = {}
         self._loading = threading.Lock()
         self._frames = _Frames()
@@ -96,15 +96,17 @@ class Kernel:
         frame = self._frames.of.get(device)
         if frame is None:
             frame = self._prepare(device)
+        frame.buffer.raw = packed
         config = frame.config
-        config.grid_x, config.grid_y, config.grid_z = grid
+        if frame.grid != grid:
+            frame.grid = grid
+            config.grid_x, config.grid_y, config.grid_z = grid
         config.stream = torch._C._cuda_getCurrentRawStream(device)
-        frame.extra.buffer = packed
         if torch._C._cuda_getDevice() == device:
-            status = frame.call(frame.config_pointer, frame.handle, None, frame.extra_pointer)
+            status = frame.call(frame.config_pointer, frame.handle, frame.pointers, None)
         else:
             with torch.cuda.device(device):
-                status = frame.call(frame.config_pointer, frame.handle, None, frame.extra_pointer)
+                status = frame.call(frame.config_pointer, frame.handle, frame.pointers, None)
         if status:
             raise LaunchError(
                 f"launching {self.name} ({self.source}, {self.defines}) with grid {grid}, "
@@ -189,9 +191,9 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _parameter_struct(parameters: str) -> struct.Struct:
-    """The packing of a kernel's parameters, each at its natural alignment as in a C struct."""
-    layout, offset = "=", 0
+def _parameter_struct(parameters: str) -> tuple[struct.Struct, list[int]]:
+    """The packing of a kernel's parameters, and where each lies."""
+    layout, offset, offsets = "=", 0, []
     for code in parameters:
         if code == TENSOR_MAP:
             field, size, alignment = f"{TENSOR_MAP_BYTES}s", TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT
@@ -200,8 +202,9 @@ def _parameter_struct(parameters: str) -> struct.Struct:
             size = alignment = struct.calcsize(f"={field}")
         padding = -offset % alignment
         layout += f"{padding}x{field}" if padding else field
+        offsets.append(offset + padding)
         offset += padding + size
-    return struct.Struct(layout)
+    return struct.Struct(layout), offsets
 
 
 class _Attribute(Structure):
@@ -223,18 +226,6 @@ class _Config(Structure):
     )
 
 
-class _Extra(Structure):
-    """The driver's list of launch options, holding one packed parameter buffer."""
-
-    _fields_ = (
-        ("buffer_tag", c_size_t),
-        ("buffer", c_char_p),
-        ("size_tag", c_size_t),
-        ("size", POINTER(c_size_t)),
-        ("end", c_size_t),
-    )
-
-
 class _Frame:
     """Launch structures of one kernel, device and thread: the driver reads them without the GIL."""
 
@@ -245,10 +236,14 @@ class _Frame:
         if kernel.overlap:
             attributes.append(_Attribute(_ATTRIBUTE_PROGRAMMATIC_LAUNCH, 0, (c_uint * 16)(1)))
         array = (_Attribute * max(len(attributes), 1))(*attributes)
-        size = c_size_t(kernel._layout.size)
         self.config = _Config(1, 1, 1, kernel.threads, 1, 1, kernel.smem, None, array, len(attributes))
-        self.extra = _Extra(_PARAM_BUFFER, None, _PARAM_BUFFER_SIZE, ctypes.pointer(size), _PARAM_END)
-        self.config_pointer, self.extra_pointer = byref(self.config), byref(self.extra)
+        self.config_pointer = byref(self.config)
+        self.grid = (1, 1, 1)
+        # One pointer for each parameter: given as one block instead, tensor maps arrive misaligned. A struct
+        # parameter is read with its trailing padding, which no alignment makes longer than a tensor map's.
+        self.buffer = ctypes.create_string_buffer(kernel._layout.size + TENSOR_MAP_ALIGNMENT)
+        base = ctypes.addressof(self.buffer)
+        self.pointers = (c_void_p * len(kernel._offsets))(*[base + offset for offset in kernel._offsets])
         self.handle = handle
         self.call = _driver().cuLaunchKernelEx
 
