@@ -53,8 +53,8 @@ class Kernel:
 
     source, defines: the file and its macros. name: an `extern "C" __global__` function in it.
     parameters: one code each, in order: "P" pointer as int (0 is null), "i" int, "I" unsigned, "q" long long,
-    "f" float, "T" a `tensor_map`, passed by value (`const __grid_constant__ TensorMap`). A kernel that takes one
-    struct lists the struct's fields.
+    "f" float, "T" a `tensor_map`, passed by value (`const __grid_constant__ TensorMap`). A kernel that takes
+    one struct lists the struct's fields.
     threads: of a block. smem: dynamic shared memory of a block, bytes. cluster: blocks of one, along x.
     overlap: may start while the kernel before it on the stream still runs (programmatic dependent launch); it
     must then execute `griddepcontrol.wait` before it touches what that kernel wrote.
