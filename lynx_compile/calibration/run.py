@@ -1,0 +1,109 @@
+"""`calibrate`: from a workload to a profile whose every candidate layer has its branch; all of them sparse.
+
+Decisions come after, from what the layers do to the picture (`sensitivity`, `choose`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..profile import Branch, Layer, Profile, fingerprint
+from .collect import Collector
+from .solve import Branches, allocate_ranks, lora_branches
+from .statistics import Moments
+from .workload import Workload
+
+RANK = 64
+
+
+def calibrate(
+    workload: Workload,
+    *,
+    rank: int = RANK,
+    total_rank: int | None = None,
+    shift: bool = True,
+    compensation: str = "norm",
+    dense_tokens: Mapping[str, int] | None = None,
+    steps: int = 20,
+    memory: int = 8 << 30,
+    state: str | Path | None = None,
+    quiet: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+) -> Profile:
+    """Run the workload and fit every candidate layer's shift and LoRA branch in closed form.
+
+    rank: of every layer's branch, cut to the layer's smaller size.  total_rank: instead, a budget over all
+    layers, spent where it takes off most error (no layer above 4·rank).  shift: prune around each input's
+    mean. dense_tokens: glob on layer names → leading tokens of each sample that stay dense.  steps: denoising
+    steps of one run.  memory: bytes of device memory for statistics.  state: folder from which a killed run
+    goes on.
+
+    Under `torchrun` with an initialised process group the batches are shared out and every process returns
+    the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
+    """
+    start = time.monotonic()
+    model = workload.model
+    text = {
+        name: tokens
+        for name, _ in model.named_modules()
+        for pattern, tokens in (dense_tokens or {}).items()
+        if fnmatchcase(name, pattern)
+    }
+    collector = Collector(
+        workload, compensation, shift, text, memory, None if state is None else Path(state), quiet
+    )
+    linears = collector.linears
+    most = rank if total_rank is None else 4 * rank
+
+    def solve(names: list[str], moments: Moments, mean: Tensor | None) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        for name in names:
+            weight = linears[name].weight
+            mu = None if mean is None else mean.to(weight.device)
+            kept |= lora_branches(moments, mu, weight, most).state(name)
+        return kept
+
+    found, kept = collector.run(solve)
+    fitted = {name: Branches.from_state(name, kept) for group in found.groups.values() for name in group}
+    ranks = dict.fromkeys(fitted, rank) if total_rank is None else allocate_ranks(fitted, {}, total_rank)
+    layers: dict[str, Layer] = {}
+    for leader, group in found.groups.items():
+        for name in group:
+            chosen = min(ranks[name], fitted[name].singular.numel())
+            down, up = fitted[name].factors(chosen) if chosen else (None, None)
+            layers[name] = Layer(
+                (linears[name].out_features, linears[name].in_features),
+                True,
+                "candidate",
+                Branch(
+                    down, up, found.means[leader] if shift else None, None, compensation, text.get(name, 0)
+                ),
+                found.tokens[name],
+                fitted[name].error(0),
+                fitted[name].error(chosen),
+            )
+    others = {name: tokens for name, tokens in found.tokens.items() if name not in layers}
+    made = {
+        "tokens": max((branches.rows for branches in fitted.values()), default=0),
+        "calibration_s": round(time.monotonic() - start, 3),
+        "torch": torch.__version__,
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        **(provenance or {}),
+    }
+    return Profile(
+        fingerprint(model),
+        dict(sorted(layers.items())),
+        compensation,
+        0,
+        steps,
+        {"other_tokens": others},
+        made,
+    )

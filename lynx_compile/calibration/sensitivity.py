@@ -1,0 +1,207 @@
+"""What one layer, one class of layers, one block or some steps do to the velocity and to the final sample.
+
+Everything is a perturbation run: only the unit under study is sparse, all else dense. The velocity is the
+transformer's output at the dense model's own inputs, recorded once and replayed; the final sample is the
+whole run's. Errors are ‖perturbed − dense‖ / ‖dense‖ over all held-out batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..profile.steps import StepSwitch
+from .emulation import Forward, emulate
+from .workload import Workload, first_tensor
+
+# What the last parts of a linear layer's name say about its place, in diffusers' transformers; first match
+# wins.
+_CLASSES = (
+    ("text", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "txt_mlp")),
+    ("q", ("to_q",)),
+    ("k", ("to_k",)),
+    ("v", ("to_v",)),
+    ("out", ("to_out",)),
+    ("up", ("proj_mlp", "net.0.proj", "w1", "w3", "gate_proj", "up_proj")),
+    ("down", ("net.2", "proj_out", "w2", "down_proj")),
+)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Relative errors of the velocity and of the final sample, and of the velocity at each call of a run."""
+
+    velocity: float
+    sample: float | None = None
+    per_call: tuple[float, ...] = ()
+
+
+def class_of(name: str) -> str:
+    """q, k, v, out, up or down; "text" for a dual-stream block's text stream; else the name's last part."""
+    for label, parts in _CLASSES:
+        if any(f".{part}." in f".{name}." for part in parts):
+            return label
+    return name.rsplit(".", 1)[-1]
+
+
+def block_of(name: str) -> str:
+    """The numbered block a layer sits in, as "transformer_blocks.3"."""
+    parts = name.split(".")
+    last = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return name if last is None else ".".join(parts[: last + 1])
+
+
+def units(names: Iterable[str], by: str) -> dict[str, list[str]]:
+    """Layers gathered by "layer", "class" or "block"; raises ValueError for anything else."""
+    keys: dict[str, Callable[[str], str]] = {"layer": str, "class": class_of, "block": block_of}
+    if by not in keys:
+        raise ValueError(f"units by {by!r} are unknown; one of {', '.join(keys)}")
+    gathered: dict[str, list[str]] = {}
+    for name in names:
+        gathered.setdefault(keys[by](name), []).append(name)
+    return gathered
+
+
+@dataclass
+class Sensitivity:
+    """Perturbation runs over a workload's batches. Dense references are made once, on first use.
+
+    calls: how many of a run's model calls are recorded for the velocity, spread evenly; None for all of them.
+    """
+
+    workload: Workload
+    calls: int | None = None
+    quiet: bool = False
+    _samples: list[Tensor] = field(default_factory=list)
+    _recorded: list[list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]] = field(default_factory=list)
+    _seconds: float = 0.0
+    calls_per_run: int = 0
+
+    def samples(self) -> list[Tensor]:
+        """The dense model's final samples, batch by batch; records the calls on the way."""
+        if self._samples:
+            return self._samples
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            recorded.append((args, kwargs, first_tensor(out)))
+
+        handle = self.workload.model.register_forward_hook(hook, with_kwargs=True)
+        try:
+            for batch in range(len(self.workload)):
+                start = time.monotonic()
+                self._samples.append(_synchronised(self.workload.run(batch)))
+                self._seconds += time.monotonic() - start
+                self._recorded.append([recorded[i] for i in _spread(len(recorded), self.calls)])
+                self.calls_per_run = len(recorded)
+                recorded.clear()
+        finally:
+            handle.remove()
+        return self._samples
+
+    @torch.no_grad()
+    def velocity(self, layers: Mapping[str, Forward]) -> Effect:
+        """The effect on the recorded calls alone."""
+        self.samples()
+        model = self.workload.model
+        squares: list[list[float]] = []
+        energies: list[list[float]] = []
+        with emulate(model, layers):
+            for calls in self._recorded:
+                outs = [
+                    (first_tensor(model(*args, **kwargs)).float(), v.float()) for args, kwargs, v in calls
+                ]
+                squares.append([float((out - v).square().sum()) for out, v in outs])
+                energies.append([float(v.square().sum()) for _, v in outs])
+        sums = [
+            (sum(s), sum(e))
+            for s, e in zip(zip(*squares, strict=True), zip(*energies, strict=True), strict=True)
+        ]
+        per_call = tuple((s / e) ** 0.5 if e else 0.0 for s, e in sums)
+        energy = sum(e for _, e in sums)
+        return Effect((sum(s for s, _ in sums) / energy) ** 0.5 if energy else 0.0, None, per_call)
+
+    def sample(
+        self, layers: Mapping[str, Forward], sparse_steps: Callable[[int], bool] | None = None
+    ) -> float:
+        """The effect on the final sample; sparse_steps(call) says which calls of a run are perturbed."""
+        reference = self.samples()
+        model = self.workload.model
+        switch, call = StepSwitch(), [0]
+
+        def before(_module: nn.Module, _args: Any) -> None:
+            switch.dense = sparse_steps is not None and not sparse_steps(call[0])
+            call[0] += 1
+
+        handle = model.register_forward_pre_hook(before)
+        square = energy = 0.0
+        try:
+            with emulate(model, layers, switch):
+                for batch, dense in enumerate(reference):
+                    call[0] = 0
+                    out = self.workload.run(batch)
+                    square += float((out.float() - dense.float()).square().sum())
+                    energy += float(dense.float().square().sum())
+        finally:
+            handle.remove()
+        return (square / energy) ** 0.5 if energy else 0.0
+
+    def measure(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> dict[str, Effect]:
+        """Each unit alone sparse: unit → effect."""
+        effects = {}
+        for unit, names in track(
+            units(layers, by).items(), f"sensitivity by {by}", disable=self.quiet, transient=True
+        ):
+            chosen = {name: layers[name] for name in names}
+            velocity = self.velocity(chosen)
+            effects[unit] = Effect(
+                velocity.velocity, self.sample(chosen) if sample else None, velocity.per_call
+            )
+        return effects
+
+    def steps(self, layers: Mapping[str, Forward], counts: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """n → the final sample's error with the first n calls dense, and with all but the first n dense."""
+        return {
+            n: (
+                self.sample(layers, lambda call, n=n: call >= n),  # type: ignore[misc]
+                self.sample(layers, lambda call, n=n: call < n),  # type: ignore[misc]
+            )
+            for n in counts
+        }
+
+    def estimate_s(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> float:
+        """Seconds `measure` will take, from one dense run and one perturbed call, both measured now."""
+        self.samples()
+        args, kwargs, _ = self._recorded[0][0]
+        start = time.monotonic()
+        with torch.no_grad(), emulate(self.workload.model, layers):
+            _synchronised(first_tensor(self.workload.model(*args, **kwargs)))
+        perturbed = time.monotonic() - start
+        start = time.monotonic()
+        with torch.no_grad():
+            _synchronised(first_tensor(self.workload.model(*args, **kwargs)))
+        dense = time.monotonic() - start
+        count = len(units(layers, by))
+        replay = sum(len(calls) for calls in self._recorded) * dense
+        extra = (
+            max(perturbed - dense, 0.0) / max(dense, 1e-9) / count
+        )  # of one unit sparse, relative to a dense call
+        return count * (1 + extra) * (replay + (self._seconds if sample else 0.0))
+
+
+def _spread(total: int, wanted: int | None) -> list[int]:
+    if wanted is None or wanted >= total:
+        return list(range(total))
+    return sorted({round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)})
+
+
+def _synchronised(value: Tensor) -> Tensor:
+    if value.is_cuda:
+        torch.cuda.synchronize(value.device)
+    return value

@@ -1,0 +1,175 @@
+"""The quality table: every method against the dense model at the same seeds, on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.emulation import Forward, emulate
+from ..calibration.workload import Workload
+from ..profile.steps import StepSwitch
+from .features import Kid, kid
+from .methods import Method
+from .metrics import Distance, distance
+
+ToPictures = Callable[[Tensor], Tensor]
+Features = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `quality_*.json`. calibration_s: wall time to make the method's data."""
+
+    method: str
+    sparse_flops_share: float
+    psnr_db: float
+    psnr_db_ci: tuple[float, float]
+    ssim: float
+    latent_rel_err: float
+    latent_rel_err_ci: tuple[float, float]
+    kid: float | None
+    kid_ci: tuple[float, float] | None
+    calibration_s: float
+    rank: int = 0
+    dense_steps: int = 0
+
+
+@dataclass
+class Table:
+    """Runs methods over a held-out workload and compares with the dense model at the same seeds.
+
+    tokens, shapes: of every linear layer that runs, for the share of FLOPs.  steps: of one run.  to_pictures:
+    final samples → (B, 3, H, W) in [0, 1].  features, real: for KID; without either it is left out.
+    """
+
+    workload: Workload
+    tokens: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, int]]
+    steps: int
+    to_pictures: ToPictures
+    features: Features | None = None
+    real: Tensor | None = None
+    rows: list[Row] = field(default_factory=list)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    keep: int = 12  # pictures of each method to show
+    note: Callable[[Row], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.dense = self.sample(Method("dense", {}))
+        self.dense_pictures = self.to_pictures(self.dense)
+        self.real_features = None if self.features is None or self.real is None else self._features(self.real)
+        self._record(Method("dense", {}), self.dense)
+
+    def add(self, method: Method) -> Row:
+        """Measure one method."""
+        return self._record(method, self.sample(method))
+
+    def add_samples(self, name: str, samples: Tensor) -> Row:
+        """Measure given samples, such as the dense model's from other seeds."""
+        return self._record(Method(name, {}), samples)
+
+    def sample(self, method: Method) -> Tensor:
+        """The method's final samples, (P, ...), fp32."""
+        model = self.workload.model
+        switch, call, calls = StepSwitch(), [0], self._calls_per_run()
+
+        def before(_module: Any, _args: Any) -> None:
+            switch.dense = call[0] * self.steps // calls < method.dense_steps
+            call[0] += 1
+
+        handle = model.register_forward_pre_hook(before)
+        out = []
+        try:
+            with emulate(model, method.layers, switch):
+                for batch in range(len(self.workload)):
+                    call[0] = 0
+                    out.append(self.workload.run(batch).float())
+        finally:
+            handle.remove()
+        return torch.cat(out)
+
+    def share(self, layers: Mapping[str, Forward], dense_steps: int) -> float:
+        """Of all linear FLOPs × steps, those in sparse layers."""
+        flops = {
+            name: self.tokens[name] * self.shapes[name][0] * self.shapes[name][1] for name in self.tokens
+        }
+        sparse = sum(flops[name] for name in layers) / sum(flops.values())
+        return sparse * (self.steps - dense_steps) / self.steps
+
+    def _calls_per_run(self) -> int:
+        if not hasattr(self, "_calls"):
+            count = [0]
+
+            def counted(*_: Any) -> None:
+                count[0] += 1
+
+            handle = self.workload.model.register_forward_pre_hook(counted)
+            self.workload.run(len(self.workload) - 1)
+            handle.remove()
+            self._calls = count[0]
+        return self._calls
+
+    def _record(self, method: Method, samples: Tensor) -> Row:
+        pictures = self.to_pictures(samples)
+        apart: Distance = distance(samples, self.dense, pictures, self.dense_pictures)
+        quality: Kid | None = None
+        if self.real_features is not None:
+            quality = kid(self._features(pictures), self.real_features)
+        row = Row(
+            method.name,
+            self.share(method.layers, method.dense_steps),
+            apart.psnr.value,
+            (apart.psnr.low, apart.psnr.high),
+            apart.ssim.value,
+            apart.error.value,
+            (apart.error.low, apart.error.high),
+            None if quality is None else quality.value,
+            None if quality is None else (quality.low, quality.high),
+            round(method.calibration_s, 2),
+            method.rank,
+            method.dense_steps,
+        )
+        self.rows.append(row)
+        self.pictures[method.name] = pictures[: self.keep].cpu()
+        self.note(row)
+        return row
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        assert self.features is not None
+        return torch.cat([self.features(part) for part in pictures.split(256)])
+
+
+def write_table(path: str | Path, rows: list[Row], **about: Any) -> None:
+    """`{device, command, commit, prompts, steps, …, rows}` as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def draw_pictures(path: str | Path, pictures: Mapping[str, Tensor], rows: list[Row]) -> None:
+    """One line of pictures a method, the same prompts in each column."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    by_name = {row.method: row for row in rows}
+    columns = max(len(images) for images in pictures.values())
+    figure, axes = plt.subplots(len(pictures), 1, figsize=(columns + 4, 1.08 * len(pictures)), squeeze=False)
+    for axis, (name, images) in zip(axes[:, 0], pictures.items(), strict=True):
+        axis.imshow(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        row = by_name[name]
+        label = (
+            name if name == "dense" else f"{name}\n{row.sparse_flops_share:.0%} sparse, {row.psnr_db:.1f} dB"
+        )
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

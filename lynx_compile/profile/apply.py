@@ -1,0 +1,137 @@
+"""Prepare a model with a profile, and undo it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import ProfileError
+from .fingerprint import fingerprint, linear_layers
+from .format import Profile
+from .io import JSON, load_profile
+from .steps import StepSwitch, StepTracker
+
+_STATE = "_lynx_profile"
+
+
+def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: bool = True) -> Profile:
+    """Attach a profile to a transformer or a pipeline's; `torch.compile(…, backend="rt_lynx")` picks it up.
+
+    profile: as loaded, a folder, or a hub id ("user/name"). Layers the profile keeps dense are marked so.
+    With dense first steps a hook on the transformer follows the schedule (give the pipeline rather than its
+    transformer: then the hook reads the scheduler and needs no device synchronisation). A profile applied
+    before is removed. check_weights=False accepts a finetune of the calibrated model: same layers, other
+    weights.
+
+    Raises ProfileError when the profile was made for another model or does not load.
+    """
+    from ..layers import attach
+
+    model = transformer_of(target)
+    if not isinstance(profile, Profile):
+        profile = load_profile(_folder(profile))
+    check_fits(model, profile, check_weights=check_weights)
+    remove_profile(model)
+    linears = linear_layers(model)
+    switch = StepSwitch() if profile.dense_steps else None
+    vectors = _Vectors()
+    for name, layer in profile.layers.items():
+        module = linears[name]
+        branch = layer.branch.to(module.weight.device, module.weight.dtype)
+        attach(
+            module,
+            down=branch.down if layer.sparse else None,
+            up=branch.up if layer.sparse else None,
+            shift=vectors.shared(branch.shift) if layer.sparse else None,
+            score=vectors.shared(branch.score) if layer.sparse else None,
+            switch=switch if layer.sparse else None,
+            decision="sparse" if layer.sparse else "dense",
+            reason=f"profile: {layer.reason}",
+        )
+    handle = None
+    if switch is not None:
+        pipe = target if target is not model and hasattr(target, "scheduler") else None
+        tracker = StepTracker(switch, profile.dense_steps, profile.steps, pipe)
+        handle = model.register_forward_pre_hook(tracker, with_kwargs=True)
+    model.__dict__[_STATE] = (list(profile.layers), handle)
+    return profile
+
+
+def remove_profile(target: Any) -> None:
+    """Undo `apply_profile`; a model without a profile is left as it is."""
+    from ..layers import detach
+
+    model = transformer_of(target)
+    names, handle = model.__dict__.pop(_STATE, ((), None))
+    if handle is not None:
+        handle.remove()
+    linears = linear_layers(model)
+    for name in names:
+        detach(linears[name])
+
+
+def transformer_of(target: Any) -> nn.Module:
+    """A pipeline's transformer, or the module itself, without the wrapper `torch.compile` puts around it."""
+    model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a {type(target).__name__} is neither a module nor a pipeline with a transformer")
+    return getattr(model, "_orig_mod", model)
+
+
+def check_fits(model: nn.Module, profile: Profile, *, check_weights: bool = True) -> None:
+    """Raise ProfileError unless the profile was made for this model."""
+    linears = linear_layers(model)
+    for name, layer in profile.layers.items():
+        if name not in linears:
+            raise ProfileError(
+                JSON,
+                f"layers.{name}",
+                f"{type(model).__name__} has no such linear layer",
+                f"this profile was made for another model ({profile.model.model}); calibrate this one",
+            )
+        module = linears[name]
+        if layer.shape != (module.out_features, module.in_features):
+            raise ProfileError(
+                JSON,
+                f"layers.{name}.shape",
+                f"is {list(layer.shape)}, the model's layer is {[module.out_features, module.in_features]}",
+                f"this profile was made for another size of {profile.model.model}; calibrate this model",
+            )
+    found = fingerprint(model)
+    if found.structure != profile.model.structure:
+        raise ProfileError(
+            JSON,
+            "model.structure",
+            f"the model's linear layers are not those of the calibrated {profile.model.model}",
+            "calibrate this model",
+        )
+    if check_weights and found.weights != profile.model.weights:
+        raise ProfileError(
+            JSON,
+            "model.weights",
+            "the model has other weights than the calibrated one",
+            "calibrate these weights, or pass check_weights=False for a finetune of the calibrated model",
+        )
+
+
+class _Vectors:
+    """One tensor for equal vectors: layers that read the same X share a sparsify if their shift is one."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Tensor] = {}
+
+    def shared(self, vector: Tensor | None) -> Tensor | None:
+        if vector is None:
+            return None
+        return self._known.setdefault(vector.float().cpu().numpy().tobytes(), vector)
+
+
+def _folder(profile: str | Path) -> Path:
+    path = Path(profile)
+    if path.is_dir() or isinstance(profile, Path) or str(profile).count("/") != 1:
+        return path
+    from .hub import pull
+
+    return pull(str(profile))

@@ -1,0 +1,81 @@
+"""What stands beside one sparse linear layer, and the layer's forward with it in plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..runtime import semantics
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """What stands beside one sparse linear layer (N, K); everything absent is left out of the semantics.
+
+    down: A, (R, K).  up: B, (N, R).  shift: μ, (K,).  score: c, (K,).  dense_tokens: how many leading tokens
+    of each sample (B, T, K) stay dense: the text of a joint sequence.  Called with (module, x), it is the
+    layer's forward as `runtime.semantics` defines it.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    shift: Tensor | None = None
+    score: Tensor | None = None
+    compensation: str = "norm"
+    dense_tokens: int = 0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.down is None else self.down.shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Branch:
+        """The same on a device and rounded to the dtype it runs in."""
+        tensors = {name: getattr(self, name) for name in ("down", "up", "shift", "score")}
+        moved: dict[str, Any] = {n: None if t is None else t.to(device, dtype) for n, t in tensors.items()}
+        return replace(self, **moved)
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        with exact_products(x.dtype):
+            pruned, _, scale, t = semantics.sparsify(
+                x.reshape(-1, x.shape[-1]),
+                shift=self.shift,
+                score=self.score,
+                lora_down=self.down,
+                compensation=self.compensation,
+            )
+            bias = folded_bias(module, self.shift)
+            y = semantics.sparse_linear(pruned, scale, t, module.weight, lora_up=self.up, bias=bias)
+        y = y.reshape(*x.shape[:-1], -1)
+        if self.dense_tokens and x.dim() == 3:
+            text = F.linear(x[:, : self.dense_tokens], module.weight, module.bias)
+            y = torch.cat([text, y[:, self.dense_tokens :]], dim=1)
+        return y
+
+
+def folded_bias(module: nn.Linear, shift: Tensor | None) -> Tensor | None:
+    """b + W·μ in fp32 (fp64 for fp64 weights), (N,): the bias of a layer that reads x − μ."""
+    if shift is None:
+        return module.bias
+    acc = semantics.compute_dtype(module.weight.dtype)
+    moved = module.weight.to(acc) @ shift.to(acc)
+    return moved if module.bias is None else moved + module.bias.to(acc)
+
+
+@contextlib.contextmanager
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """On a GPU, fp32 products of 16-bit numbers are exact in TF32, which is fast there: allow it."""
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,154 @@
+"""Compare two profiles of one model, and join two calibrations of it into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .branch import Branch
+from .errors import ProfileError
+from .format import Layer, Profile
+from .io import JSON
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One layer of two profiles: decisions, ranks, local errors, and ‖B₁A₁ − B₂A₂‖ over the larger norm."""
+
+    name: str
+    decisions: tuple[str, str]
+    ranks: tuple[int, int]
+    errors: tuple[float | None, float | None]
+    branch: float
+
+    @property
+    def changed(self) -> bool:
+        return self.decisions[0] != self.decisions[1] or self.ranks[0] != self.ranks[1] or self.branch > 1e-6
+
+
+def diff(first: Profile, second: Profile) -> list[Difference]:
+    """Every layer of two profiles of one model. Raises ProfileError for different models."""
+    _same_model(first, second)
+    rows = []
+    for name, a in first.layers.items():
+        b = second.layers[name]
+        rows.append(
+            Difference(
+                name,
+                ("sparse" if a.sparse else "dense", "sparse" if b.sparse else "dense"),
+                (a.branch.rank, b.branch.rank),
+                (a.error_after, b.error_after),
+                _branch_distance(a.branch, b.branch),
+            )
+        )
+    return rows
+
+
+def merge(first: Profile, second: Profile) -> Profile:
+    """One profile from two calibrations of one model on different prompts.
+
+    Each counts by the tokens it saw (`provenance.tokens`). Shifts, scores, errors and sensitivities are
+    averaged; LoRA branches are averaged as products B·A and cut back to the larger rank by SVD. A layer is
+    sparse where both say so; the first dense steps are the larger number. Raises ProfileError for different
+    models or compensations.
+    """
+    _same_model(first, second)
+    if first.compensation != second.compensation:
+        raise ProfileError(
+            JSON,
+            "compensation",
+            f"is {first.compensation!r} in one and {second.compensation!r} in the other",
+            "calibrate both with the same compensation",
+        )
+    tokens = [max(int(p.provenance.get("tokens", 1)), 1) for p in (first, second)]
+    weight = tokens[0] / sum(tokens)
+    share = [p.dense_steps / p.steps for p in (first, second)]
+    later = first if share[0] >= share[1] else second
+    return Profile(
+        first.model,
+        {name: _merge_layer(layer, second.layers[name], weight) for name, layer in first.layers.items()},
+        first.compensation,
+        later.dense_steps,
+        later.steps,
+        provenance={"merged": [first.provenance, second.provenance], "tokens": sum(tokens)},
+    )
+
+
+def _merge_layer(a: Layer, b: Layer, weight: float) -> Layer:
+    down, up = _merge_factors(a.branch, b.branch, weight)
+    shared = a.sensitivity.keys() & b.sensitivity.keys()
+    return Layer(
+        a.shape,
+        a.sparse and b.sparse,
+        a.reason if not a.sparse or b.sparse else b.reason,
+        replace(
+            a.branch,
+            down=down,
+            up=up,
+            shift=_average(a.branch.shift, b.branch.shift, weight, 0.0),
+            score=_average(a.branch.score, b.branch.score, weight, 1.0),
+            dense_tokens=max(a.branch.dense_tokens, b.branch.dense_tokens),
+        ),
+        a.tokens,
+        _average_number(a.error_before, b.error_before, weight),
+        _average_number(a.error_after, b.error_after, weight),
+        {key: weight * a.sensitivity[key] + (1 - weight) * b.sensitivity[key] for key in sorted(shared)},
+    )
+
+
+def _merge_factors(a: Branch, b: Branch, weight: float) -> tuple[Tensor | None, Tensor | None]:
+    parts = [
+        (w, p.down.double(), p.up.double())
+        for w, p in ((weight, a), (1 - weight, b))
+        if p.down is not None and p.up is not None
+    ]
+    if not parts:
+        return None, None
+    rank = max(a.rank, b.rank)
+    down = torch.cat([d for _, d, _ in parts])  # (R₁ + R₂, K)
+    up = torch.cat([w * u for w, _, u in parts], dim=1)  # (N, R₁ + R₂)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    left, singular, right = torch.linalg.svd(r_up @ r_down.T)
+    root = singular[:rank].sqrt()
+    return (root[:, None] * (right[:rank] @ q_down.T)).float(), ((q_up @ left[:, :rank]) * root).float()
+
+
+def _average(a: Tensor | None, b: Tensor | None, weight: float, absent: float) -> Tensor | None:
+    if a is None and b is None:
+        return None
+    present = a if a is not None else b
+    assert present is not None
+    a, b = (torch.full_like(present, absent) if v is None else v for v in (a, b))
+    return weight * a + (1 - weight) * b
+
+
+def _average_number(a: float | None, b: float | None, weight: float) -> float | None:
+    return None if a is None or b is None else weight * a + (1 - weight) * b
+
+
+def _branch_distance(a: Branch, b: Branch) -> float:
+    products = [None if p.down is None or p.up is None else p.up.float() @ p.down.float() for p in (a, b)]
+    norms = [0.0 if p is None else float(p.norm()) for p in products]
+    if max(norms) == 0:
+        return 0.0
+    if products[0] is None or products[1] is None:
+        return 1.0
+    return float((products[0] - products[1]).norm()) / max(norms)
+
+
+def _same_model(first: Profile, second: Profile) -> None:
+    if first.model != second.model or first.layers.keys() != second.layers.keys():
+        raise ProfileError(
+            JSON,
+            "model",
+            f"the profiles are of different models or weights ({first.model.model}, {second.model.model})",
+            "compare and merge profiles of one model only",
+        )
+    for name, layer in first.layers.items():
+        if layer.shape != second.layers[name].shape:
+            raise ProfileError(
+                JSON, f"layers.{name}.shape", "differs between the profiles", "calibrate both again"
+            )

@@ -1,0 +1,71 @@
+"""Dense first steps in an unmodified pipeline: a hook in front of the transformer that follows the schedule.
+
+The switch it sets is read by every prepared layer. Under `torch.compile` Dynamo guards on it, so a model gets
+two compiled variants over one set of weights, each compiled once; hooks run outside the compiled graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class StepSwitch:
+    """Which variant of a model runs now: while `dense`, every layer is the plain linear layer."""
+
+    dense: bool = False
+
+
+class StepTracker:
+    """Sets `switch.dense` before each call of the transformer: on during the first steps of a run.
+
+    dense_steps, steps: how many of how many denoising steps were dense when the profile was made; another
+    number of steps scales the first, rounded up. scheduler: read for the step, at no cost; without one the
+    step is told by the transformer's `timestep` argument, which costs one device synchronisation a call.
+    """
+
+    def __init__(self, switch: StepSwitch, dense_steps: int, steps: int, pipe: Any = None) -> None:
+        self.switch, self.dense_steps, self.steps = switch, dense_steps, steps
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self._last: float | None = None
+        self._direction = 0.0
+        self._step = 0
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pipe = self._pipe() if self._pipe is not None else None
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is not None and hasattr(scheduler, "step_index"):
+            step = scheduler.step_index
+            step = step if step is not None else getattr(scheduler, "begin_index", None) or 0
+            total = getattr(scheduler, "num_inference_steps", None) or self.steps
+        else:
+            step, total = self._from_timestep(module, args, kwargs), self.steps
+        self.switch.dense = step < math.ceil(self.dense_steps * total / self.steps)
+
+    def _from_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Timesteps move one way during a run, up or down by pipeline; turning back starts the next run."""
+        value = kwargs.get("timestep")
+        if value is None:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            value = dict(zip(names, args, strict=False)).get("timestep")
+        if value is None:
+            raise TypeError(
+                f"{type(module).__name__} is called without a timestep, so its dense steps cannot be told; "
+                "apply the profile to the pipeline, or set dense_steps to 0"
+            )
+        now = float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
+        change = 0.0 if self._last is None else now - self._last
+        if self._last is None or change * self._direction < 0:
+            self._step, self._direction = 0, 0.0
+        elif change:
+            self._step, self._direction = self._step + 1, change
+        self._last = now
+        return self._step
