@@ -159,6 +159,13 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 @functools.cache
+def supported_archs() -> frozenset[int]:
+    """Compute capabilities NVRTC compiles for, as 10·major + minor. Raises CompileError without NVRTC."""
+    nvrtc = _nvrtc()
+    return frozenset(_checked(nvrtc.nvrtcGetSupportedArchs()))
+
+
+@functools.cache
 def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .launch import Kernel
+from .launch import Kernel, empty
 from .semantics import ACTIVATIONS
 
 TILE = 128  # rows and columns of y that one block computes
@@ -48,7 +48,7 @@ def sparse_gemm(
     m, half = values.shape
     n = weight.shape[0]
     device = values.get_device()
-    y = values.new_empty((m, n))
+    y = empty((m, n), values.dtype, device)
     kernel(values.dtype, activation, _overlaps(device))(
         device,
         (-(-m // TILE) * -(-n // TILE), 1, 1),
