@@ -1,0 +1,1 @@
+"""Measurements of kernels and of denoising steps, against what else can be switched on."""
