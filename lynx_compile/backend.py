@@ -17,7 +17,7 @@ from torch import fx
 from . import passes, policy
 from .options import Options
 from .passes import Linear
-from .passes.graph import expression, hint, tensor
+from .passes.graph import expression, hint, skip_row_views, tensor
 from .report import GraphReport, Row, record
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,17 @@ def rewrite(gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = No
         linears = passes.find_linears(graph)
         note = _reason_to_leave(gm)
         decisions = policy.decide(linears, settings) if note is None else _all_dense(linears, note)
-        report = GraphReport(tuple(map(_row, linears, decisions)), note)
+        report = GraphReport(
+            tuple(map(_row, linears, decisions)), note
+        )  # patterns are told before the rewrite
         chosen = [linear for linear, decision in zip(linears, decisions, strict=True) if decision.sparse]
+        for linear, decision in zip(linears, decisions, strict=True):
+            linear.min_tokens = decision.min_tokens
         if chosen:
             passes.sparsify_linears(graph, chosen, settings.compensation)
+            for fuse in passes.FUSIONS:
+                fuse(graph)
             passes.lower_markers(graph)
-            graph.eliminate_dead_code()
             graph.lint()
             gm.graph = graph
     except Exception as error:
@@ -111,9 +116,17 @@ def _row(linear: Linear, decision: policy.Decision) -> Row:
         k=linear.k,
         decision="sparse" if decision.sparse else "dense",
         reason=decision.reason,
-        pattern=None if linear.obstacle else "linear",
+        pattern=_pattern(linear),
         symbol=None if isinstance(linear.m, int) else str(expression(linear.m)),
     )
+
+
+def _pattern(linear: Linear) -> str | None:
+    """What the rewrite of a layer covers: "layer_norm → linear"; None where nothing matches."""
+    if linear.obstacle:
+        return None
+    producer = passes.producer_of(skip_row_views(linear.x))
+    return f"{producer.name} → linear" if producer else "linear"
 
 
 def _notify(report: GraphReport) -> None:

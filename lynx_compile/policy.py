@@ -25,8 +25,8 @@ from torch import fx
 from . import cost
 from .options import Options
 from .passes import Linear
-from .passes.graph import CASTS, ROW_MAJOR_VIEWS, arg, hint, kind, real_users, tensor
-from .passes.linear import rank_of
+from .passes.graph import CASTS, ROW_MAJOR_VIEWS, arg, bounds, expression, hint, kind, real_users, tensor
+from .passes.site import rank_of
 from .runtime import kernels
 
 NO_KERNELS = "no kernels"  # how every reason of `kernels.unavailable_reason` starts
@@ -68,7 +68,7 @@ _CONDITIONING_ROWS = 64  # a two-dimensional input with fewer rows is one row pe
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a layer. min_tokens: the least M at which sparse pays, checked when M is symbolic."""
+    """What becomes of a layer. min_tokens: dense below it, for a symbolic M that may be on either side."""
 
     sparse: bool
     reason: str
@@ -99,11 +99,14 @@ def _decide(linear: Linear, options: Options, readers: int, tokens_first: bool) 
     least = _least_tokens(linear, options, readers)
     if least is None:
         return Decision(False, "dense is faster at every token count")
-    if isinstance(linear.m, int) and linear.m < least:
-        return Decision(False, f"M = {linear.m} is below the {least} tokens from which on sparse pays")
-    if not isinstance(linear.m, int) and least > 1:
-        reason += f"; dense at run time below {least} tokens"
-    return Decision(True, reason, least)
+    fewest, most = bounds(linear.m)
+    if most < least:
+        return Decision(
+            False, f"M = {expression(linear.m)} is below the {least} tokens from which on sparse pays"
+        )
+    if fewest >= least:
+        return Decision(True, reason)
+    return Decision(True, f"{reason}; dense at run time below {least} tokens", least)
 
 
 def _wish(linear: Linear, options: Options) -> Decision | None:

@@ -91,6 +91,9 @@ _SPELLINGS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], tuple[str, ...]]] 
         ),
         (),
     ),
+    "narrow": (("input", "dim", "start", "length"), (torch.narrow, aten.narrow.default), ("narrow",)),
+    "pad": (("input", "pad"), (F.pad, aten.constant_pad_nd.default), ()),
+    "mv": (("input", "vec"), (torch.mv, aten.mv.default), ("mv",)),
     "softmax": (("input", "dim"), (torch.softmax, F.softmax, aten.softmax.int), ("softmax",)),
     "conv": (
         ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -214,14 +217,26 @@ def hint(size: Any) -> int:
     return seen if isinstance(seen, int) else 0
 
 
+def bounds(size: Any) -> tuple[float, float]:
+    """The least and the greatest value a size can take, as far as guards on it say already."""
+    if isinstance(size, int):
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    return float(found.lower), float(found.upper)
+
+
 def rows(shape: Iterable[Any]) -> Any:
     """M: the product of all sizes but the last; a SymInt for symbolic ones."""
     return math.prod(tuple(shape)[:-1])
 
 
 def real_users(node: fx.Node) -> list[fx.Node]:
-    """Users that read the tensor's elements; one that asks for a size does not."""
-    return [user for user in node.users if kind(user) != "size"]
+    """Users that read the tensor's elements; one that asks for a size, or views it to ask, does not."""
+    return [
+        user
+        for user in node.users
+        if kind(user) != "size" and (kind(user) not in ROW_MAJOR_VIEWS or not user.users or real_users(user))
+    ]
 
 
 def skip_row_views(node: fx.Node) -> fx.Node:
@@ -297,6 +312,11 @@ def insert(before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, *
         if key in like.meta:
             node.meta[key] = like.meta[key]
     return node
+
+
+def getitem(node: fx.Node, index: int, before: fx.Node) -> fx.Node:
+    """node[index]."""
+    return insert(before, operator.getitem, (node, index), node)
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:

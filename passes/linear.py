@@ -10,7 +10,6 @@ takes its columns of t. `rt_lynx::linear` is a linear layer with per-layer data 
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..runtime import layout, ops
-from .graph import arg, insert, is_one, kind, replace, rows, skip_row_views, tensor
-from .mutation import Mutations
+from .graph import arg, getitem, insert, is_one, kind, replace, rows, skip_row_views, tensor
+from .mutation import Mutations, remove_dead
+from .site import META, Note, arrange_branches, cast, padded_branch
 
-META = "rt_lynx"  # key of node.meta: what a later pass must know of a sparse_linear
-RANK_MULTIPLE = 16  # the LoRA branch runs in steps of 16 on tensor cores
 CHANNEL_MULTIPLE = 16
+_LORA_FACTOR = re.compile(r"\.(lora_[AB]|lora_(up|down)|lora_layer)(\.|$)")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -37,6 +36,7 @@ class Linear:
     down (R, K), up (N, R), shift (K), score (K), folded_bias (N): the layer's own data, graph inputs or None.
     wish: the decision attached to the layer ("sparse", "dense" or None).
     obstacle: why it cannot be sparse whatever is wished, None if it can.
+    min_tokens: with fewer it runs dense, which for a symbolic M is decided at run time.
     """
 
     node: fx.Node
@@ -56,11 +56,23 @@ class Linear:
     shift: fx.Node | None = None
     score: fx.Node | None = None
     folded_bias: fx.Node | None = None
+    min_tokens: int = 0
 
 
 def find_linears(graph: fx.Graph) -> list[Linear]:
     """Every linear layer, in execution order, also those that cannot be sparse (with the reason)."""
-    return [found for node in graph.nodes if (found := match_linear(node)) is not None]
+    linears = [found for node in graph.nodes if (found := match_linear(node)) is not None]
+    dora = {
+        normalize_name(name).rsplit(".lora_magnitude_vector", 1)[0]
+        for node in graph.nodes
+        if "lora_magnitude_vector" in (name := _parameter_name(node) or "")
+    }
+    for linear in linears:
+        if linear.name in dora:
+            linear.obstacle = "a DoRA adapter rescales this layer by the norms of its weight"
+        elif _LORA_FACTOR.search(linear.name):
+            linear.obstacle = "factor of a LoRA adapter: joined with its layer where that is sparse"
+    return linears
 
 
 def match_linear(node: fx.Node) -> Linear | None:
@@ -112,7 +124,8 @@ def sparsify_linears(graph: fx.Graph, linears: Sequence[Linear], compensation: s
         else:
             group.members.append(linear)
     for group in groups:
-        group.rewrite(compensation)
+        group.rewrite(compensation, mutations)
+    remove_dead(graph)
     return len(linears)
 
 
@@ -135,47 +148,39 @@ class _Group:
         same_data = linear.shift is first.shift and linear.score is first.score
         return same_x and same_data and not mutations.between(source, first.node, linear.node)
 
-    def rewrite(self, compensation: str) -> None:
-        first = self.members[0]
-        downs: list[fx.Node] = []  # distinct ones: layers may share a down-projection
-        for linear in self.members:
-            if linear.down is not None and linear.down not in downs:
-                downs.append(linear.down)
-        starts, total = {}, 0
-        for down in downs:
-            starts[down] = total
-            total += rank_of(down)
-        x = _cast(self.source, first.dtype, first.node)
+    def rewrite(self, compensation: str, mutations: Mutations) -> None:
+        # what was matched may by now read, in place of another layer, the sparse one
+        members = [_refreshed(linear) for linear in self.members]
+        first = members[0]
+        source = first.x if self.source is self.members[0].x else skip_row_views(first.x)
+        data = {name: node for name in ("shift", "score") if (node := getattr(first, name)) is not None}
+        x = cast(source, first.dtype, first.node)
         sparsified = insert(
-            first.node,
-            ops.sparsify,
-            ("identity", [x]),
-            first.node,
-            **{name: node for name in ("shift", "score") if (node := getattr(first, name)) is not None},
-            **({"lora_down": stack_rows(downs, first.node)} if downs else {}),
-            compensation=compensation,
+            first.node, ops.sparsify, ("identity", [x]), first.node, **data, compensation=compensation
         )
-        outputs = tuple(getitem(sparsified, i, first.node) for i in range(4))
-        for linear in self.members:
-            self._lower(linear, outputs, starts, total)
+        values, metadata, scale, t = (getitem(sparsified, i, first.node) for i in range(4))
+        for linear in members:
+            node, folded = linear.node, linear.folded_bias is not None
+            bias = linear.folded_bias if folded else linear.bias
+            extra = {} if bias is None else {"bias": cast(bias, linear.dtype, node)}
+            weight = cast(linear.weight, linear.dtype, node)
+            y = insert(node, ops.sparse_linear, (values, metadata, scale, t, weight), node, **extra)
+            own = []
+            if linear.down is not None and linear.up is not None:
+                own = [padded_branch(linear.down, linear.up, sparsified, y, linear.dtype, own=True)]
+            y.meta[META] = Note(linear.name, linear.min_tokens, own, folded, linear.bias)
+            out = restore_shape(y, linear.x, node)
+            mutations.stand_in(out, node)
+            replace(node, out)
+        arrange_branches(sparsified)
 
-    def _lower(
-        self, linear: Linear, outputs: tuple[fx.Node, ...], starts: dict[fx.Node, int], total: int
-    ) -> None:
-        node, (values, metadata, scale, t) = linear.node, outputs
-        extra: dict[str, Any] = {}
-        if linear.down is not None and linear.up is not None:
-            rank = rank_of(linear.down)
-            if rank != total:
-                t = insert(node, torch.narrow, (t, 1, starts[linear.down], rank), node)
-            extra["lora_up"] = _cast(linear.up, linear.dtype, node)
-        weight = _cast(linear.weight, linear.dtype, node)
-        bias = linear.folded_bias if linear.folded_bias is not None else linear.bias
-        if bias is not None:
-            extra["bias"] = _cast(bias, linear.dtype, node)
-        y = insert(node, ops.sparse_linear, (values, metadata, scale, t, weight), node, **extra)
-        y.meta[META] = {"dense_bias": linear.bias, "own_rank": rank_of(linear.down), "name": linear.name}
-        replace(node, restore_shape(y, linear.x, node))
+
+def _refreshed(linear: Linear) -> Linear:
+    """The same layer with the operands that its node has now."""
+    found = match_linear(linear.node)
+    assert found is not None
+    found.min_tokens = linear.min_tokens
+    return found
 
 
 def restore_shape(y: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
@@ -191,32 +196,6 @@ def restore_shape(y: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
         for axis, size in enumerate(x_value.shape[:-1])
     ]
     return insert(like, torch.reshape, (y, [*sizes, out.shape[-1]]), like)
-
-
-def stack_rows(parts: Sequence[fx.Node], before: fx.Node) -> fx.Node:
-    """LoRA down-projections of several branches, one below the other."""
-    return parts[0] if len(parts) == 1 else insert(before, torch.cat, (list(parts),), parts[0])
-
-
-def getitem(node: fx.Node, index: int, before: fx.Node) -> fx.Node:
-    """node[index]."""
-    return insert(before, operator.getitem, (node, index), node)
-
-
-def rank_of(down: fx.Node | None) -> int:
-    """R of a LoRA down-projection (R, K); 0 without one."""
-    example = tensor(down)
-    return 0 if example is None else int(example.shape[0])
-
-
-def _cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
-    """Under autocast, and only there, a linear layer reads its inputs in another dtype than they have."""
-    example = tensor(node)
-    if example is None or example.dtype == dtype:
-        return node
-    cast = insert(before, torch.ops.aten._to_copy.default, (node,), before, dtype=dtype)
-    cast.meta["example_value"] = example.to(dtype)
-    return cast
 
 
 def _obstacle(linear: Linear, x: Tensor, weight: Tensor, out: Tensor) -> str | None:

@@ -13,15 +13,31 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import kind, order
+from .graph import CASTS, ROW_MAJOR_VIEWS, kind, order
 
 # Ops whose result never shares memory with an input.
 _FRESH = frozenset(
     {
-        *("linear", "matmul", "addmm", "bmm", "baddbmm", "sdpa", "conv", "cat", "softmax", "size"),
+        *(
+            "linear",
+            "matmul",
+            "addmm",
+            "bmm",
+            "baddbmm",
+            "sdpa",
+            "conv",
+            "cat",
+            "pad",
+            "mv",
+            "softmax",
+            "size",
+        ),
         *("gelu", "silu", "relu", "sigmoid", "tanh", "layer_norm", "rms_norm"),
         *("add", "radd", "sub", "mul", "div", "addcmul", "pow", "square", "mean", "rsqrt"),
     }
+)
+_VIEWS = (
+    ROW_MAJOR_VIEWS | CASTS | {"transpose", "permute", "t", "getattr", "getitem", "chunk", "split", "narrow"}
 )
 _WRITING_OPERATORS = frozenset(
     {
@@ -37,7 +53,8 @@ _PURE_MODULES = ("torch", "_operator", "operator", "builtins", "math", "einops")
 class Mutations:
     """The in-place writes of one graph, for questions about the graph as it was when this was made.
 
-    Nodes that a pass has added since are taken as unwritten: passes only add pure operations.
+    Nodes that a pass has added since are taken as unwritten (passes only add pure operations), unless they
+    stand in for one that was there.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -70,9 +87,12 @@ class Mutations:
         low, high = sorted((self._position.get(first, last), self._position.get(second, last)))
         return any(low < write < high for write in self._writes.get(self._root(tensor), ()))
 
-    def shares_memory(self, node: fx.Node) -> bool:
-        """Whether some write of the graph may reach the memory of `node`."""
-        return bool(self._writes) and node in self._position and self._root(node) in self._writes
+    def stand_in(self, new: fx.Node, old: fx.Node) -> None:
+        """`new` takes the place and the memory of `old`."""
+        if old in self._position:
+            self._position[new] = self._position[old]
+            if self._root(old) is not new:
+                self._parent[new] = self._root(old)
 
     def _root(self, node: fx.Node) -> fx.Node:
         while node in self._parent:
@@ -94,6 +114,14 @@ def is_fresh(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "rt_lynx":
         return True
     return kind(node) in _FRESH
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Erase what nothing uses and what is known to have no effect (FX's own pass also drops `x.add_(1)`)."""
+    for node in reversed(list(graph.nodes)):
+        known = is_fresh(node) or kind(node) in _VIEWS or node.op == "get_attr"
+        if not node.users and known and not _written(node):
+            graph.erase_node(node)
 
 
 def _flag(node: fx.Node, name: str) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .graph import CASTS, arg, insert, kind, replace, same_shape, tensor, value
-from .mutation import is_fresh
+from .mutation import is_fresh, remove_dead
 
 
 def normalize(graph: fx.Graph) -> int:
@@ -29,7 +29,7 @@ def normalize(graph: fx.Graph) -> int:
         )
         count += bool(rewritten)
     if count:
-        graph.eliminate_dead_code()
+        remove_dead(graph)
     return count
 
 

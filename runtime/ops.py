@@ -2,6 +2,7 @@
 
     sparsify       producer(inputs) → compressed values, metadata, row scale, LoRA down-projection t
     sparse_linear  those + W, B, b → y, with activation, gate and residual behind
+    linears        both for all layers of one X, or the dense layers, as the number of tokens says
     linear         a dense linear layer that carries the data to become sparse; anything but the rt_lynx
                    backend sees an ordinary `aten.linear`
 
@@ -17,6 +18,7 @@ costs nine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,13 @@ _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor scale, Tensor t, Tensor weight, *, "
     "Tensor? lora_up=None, Tensor? bias=None, str activation='none', Tensor? gate=None, "
     f"Tensor? residual=None, int version={VERSION}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "linears(str producer, Tensor?[] inputs, Tensor[] weights, int min_tokens, *, float eps=0.0, "
+    "float mult_offset=0.0, Tensor? shift=None, Tensor? score=None, Tensor? lora_down=None, "
+    "str compensation='norm', Tensor?[] biases, Tensor?[] dense_biases, Tensor?[] lora_ups, int[] columns, "
+    f"str[] activations, Tensor?[] gates, Tensor?[] residuals, int version={VERSION}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
@@ -166,6 +175,114 @@ def _sparse_linear_fake(
     return values.new_empty((values.shape[0], weight.shape[0]))
 
 
+def _linears(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    min_tokens: int,
+    *,
+    eps: float = 0.0,
+    mult_offset: float = 0.0,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    lora_down: Tensor | None = None,
+    compensation: str = "norm",
+    biases: Sequence[Tensor | None],
+    dense_biases: Sequence[Tensor | None],
+    lora_ups: Sequence[Tensor | None],
+    columns: Sequence[int],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = VERSION,
+) -> list[Tensor]:
+    """Every layer of one X: sparse from `min_tokens` rows on, dense below.
+
+    columns: for each LoRA branch four numbers, its layer, its first row of `lora_down`, its rank, and whether
+    it compensates pruning (1), so that the dense layer has it not, or is the user's (0). The branches of a
+    layer follow each other as in the columns of its `lora_up`.
+    """
+    _check_version(version)
+    branches = [columns[i : i + 4] for i in range(0, len(columns), 4)]
+    m, _ = producer_shape(producer, inputs)
+    if m < min_tokens:
+        x = semantics.produce(producer, inputs, eps, mult_offset)
+        return [
+            semantics.dense_linear(
+                x,
+                weight,
+                branches=[
+                    (lora_down[start : start + rank], up)
+                    for up, start, rank in _user_branches(branches, i, lora_ups[i])
+                    if lora_down is not None
+                ],
+                bias=dense_biases[i],
+                activation=activations[i],
+                gate=gates[i],
+                residual=residuals[i],
+            )
+            for i, weight in enumerate(weights)
+        ]
+    values, metadata, scale, t = sparsify(
+        producer,
+        inputs,
+        eps=eps,
+        mult_offset=mult_offset,
+        shift=shift,
+        score=score,
+        lora_down=lora_down,
+        compensation=compensation,
+    )
+    outputs = []
+    for i, weight in enumerate(weights):
+        parts = [t[:, start : start + rank] for layer, start, rank, _ in branches if layer == i]
+        own_t = t if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        outputs.append(
+            sparse_linear(
+                values,
+                metadata,
+                scale,
+                own_t,
+                weight,
+                lora_up=lora_ups[i],
+                bias=biases[i],
+                activation=activations[i],
+                gate=gates[i],
+                residual=residuals[i],
+            )
+        )
+    return outputs
+
+
+def _user_branches(
+    branches: Sequence[Sequence[int]], layer: int, up: Tensor | None
+) -> list[tuple[Tensor, int, int]]:
+    """(columns of lora_up, first row of lora_down, rank) of the user's adapters of one layer."""
+    found, column = [], 0
+    for owner, start, rank, own in branches:
+        if owner == layer and up is not None:
+            if not own:
+                found.append((up[:, column : column + rank], start, rank))
+            column += rank
+    return found
+
+
+def _linears_fake(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    min_tokens: int,
+    *,
+    version: int = VERSION,
+    **arguments: Any,
+) -> list[Tensor]:
+    _check_version(version)
+    x = inputs[0]
+    assert x is not None
+    m, _ = producer_shape(producer, inputs)
+    return [x.new_empty((m, weight.shape[0])) for weight in weights]
+
+
 def _linear(
     input: Tensor,
     weight: Tensor,
@@ -185,10 +302,13 @@ def _linear(
 
 _library.impl("sparsify", _sparsify_reference, "CompositeExplicitAutograd")
 _library.impl("sparse_linear", _sparse_linear_reference, "CompositeExplicitAutograd")
+_library.impl("linears", _linears, "CompositeExplicitAutograd")
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::linears", _linears_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::sparsify", _sparsify_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::sparse_linear", _sparse_linear_fake, lib=_library)
 
 sparsify = torch.ops.rt_lynx.sparsify.default
 sparse_linear = torch.ops.rt_lynx.sparse_linear.default
+linears = torch.ops.rt_lynx.linears.default
 linear = torch.ops.rt_lynx.linear.default

@@ -1,0 +1,101 @@
+"""Dense or sparse by the number of tokens, where that is known only at run time.
+
+    s = sparsify("layer_norm", inputs, …)                 q, k = linears("layer_norm", inputs, [W, V],
+    q = sparse_linear(*s, W, bias=b)             →                       min_tokens=…, biases=[b, c], …)
+    k = sparse_linear(*s, V, bias=c)
+
+One graph then serves every resolution without a guard on it. Layers with a known M, or with an M that is
+always large enough, keep the two ops. Runs last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..runtime import ops
+from .graph import CASTS, getitem, insert, kind, order
+from .mutation import Mutations, is_fresh, remove_dead
+from .site import Site, rank_of, sites_of
+
+
+def choose_at_run_time(graph: fx.Graph) -> int:
+    """Run the pass; returns the number of layers that choose at run time."""
+    mutations = Mutations(graph)
+    count = 0
+    for sparsify in [node for node in graph.nodes if node.target is ops.sparsify]:
+        layers = sites_of(sparsify)
+        if layers and max(site.note.min_tokens for site in layers) > 1:
+            count += _rewrite(layers, mutations)
+    if count:
+        remove_dead(graph)
+    return count
+
+
+def _rewrite(layers: list[Site], mutations: Mutations) -> int:
+    sparsify, graph = layers[0].sparsify, layers[0].sparsify.graph
+    position = order(graph)
+    layers = sorted(layers, key=lambda site: position[site.y])
+    first = layers[0].y
+    if any(mutations.between(read, sparsify, first) for read in sparsify.all_input_nodes):
+        return 0
+    for site in layers[1:]:
+        operands = [node for node in _operands(site) if node is not None]
+        if any(mutations.between(node, first, site.y) for node in operands):
+            return 0
+        if not all(_hoist(node, first, position) for node in operands):
+            return 0
+    downs: dict[fx.Node, int] = {}
+    columns: list[int] = []
+    for branch in [branch for site in layers for branch in site.note.branches]:
+        downs.setdefault(branch.down, sum(map(rank_of, downs)))
+    for index, site in enumerate(layers):
+        for branch in site.note.branches:
+            columns += [index, downs[branch.down], rank_of(branch.down), int(branch.own)]
+    producer, inputs = sparsify.args
+    names = ("bias", "lora_up", "gate", "residual")
+    lists = {name: [site.y.kwargs.get(name) for site in layers] for name in names}
+    outputs = insert(
+        first,
+        ops.linears,
+        (producer, inputs, [site.y.args[4] for site in layers], max(site.note.min_tokens for site in layers)),
+        sparsify,
+        **sparsify.kwargs,
+        biases=lists["bias"],
+        dense_biases=[_dense_bias(site) for site in layers],
+        lora_ups=lists["lora_up"],
+        columns=columns,
+        activations=[site.y.kwargs.get("activation", "none") for site in layers],
+        gates=lists["gate"],
+        residuals=lists["residual"],
+    )
+    outputs_of = [getitem(outputs, index, first) for index in range(len(layers))]
+    for site, output in zip(layers, outputs_of, strict=True):
+        site.y.replace_all_uses_with(output)
+        graph.erase_node(site.y)
+    return len(layers)
+
+
+def _operands(site: Site) -> list[Any]:
+    names = ("bias", "lora_up", "gate", "residual")
+    return [site.y.args[4], *(site.y.kwargs.get(name) for name in names), _dense_bias(site)]
+
+
+def _dense_bias(site: Site) -> fx.Node | None:
+    bias: Any = site.y.kwargs.get("bias")
+    return site.note.dense_bias if site.note.folded else bias
+
+
+def _hoist(node: fx.Node, before: fx.Node, position: dict[fx.Node, int]) -> bool:
+    """Move what computes an operand (padding, stacking and scaling of factors) in front of `before`."""
+    if node not in position or position[node] < position[before]:
+        return True
+    pure = is_fresh(node) or kind(node) in CASTS
+    if not pure or node.target in (ops.sparsify, ops.sparse_linear, ops.linears):
+        return False
+    if not all(_hoist(source, before, position) for source in node.all_input_nodes):
+        return False
+    before.prepend(node)
+    position[node] = position[before] - 1
+    return True
