@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build, gemm_mma, launch, layout, ops, semantics, sparsify_kernel
+from . import build, gemm_mma, gemm_sm90, launch, layout, ops, semantics, sparsify_kernel
 
 DTYPES = (torch.bfloat16, torch.float16)
 FIRST_CAPABILITY = (8, 0)  # Ampere: the first sparse tensor cores
@@ -64,7 +64,8 @@ def _gemm(device: int, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     """The sparse GEMM for a device and an element type; None where the definition has to do."""
     if device < 0 or unavailable_reason(torch.device("cuda", device), dtype) is not None:
         return None
-    return gemm_mma.sparse_gemm
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    return gemm_sm90.sparse_gemm if hopper else gemm_mma.sparse_gemm
 
 
 def _sparsify(
