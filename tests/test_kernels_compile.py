@@ -1,0 +1,98 @@
+"""Every kernel compiles for every architecture, without a GPU: no spills, no stack frame, no warnings.
+
+A stack frame means an array that the compiler could not keep in registers, a C75xx warning that it serialised
+the tensor cores; either costs most of a kernel's speed without making it wrong.
+"""
+
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+
+from lynx_compile.runtime import build, gemm_mma, gemm_sm90, sparsify_kernel
+from lynx_compile.runtime.semantics import ACTIVATIONS, PRODUCERS
+
+PORTABLE_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+SHARED_MEMORY = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_90a": 228, "sm_120": 100}  # KB
+DTYPES = (torch.bfloat16, torch.float16)
+NO_VECTORS = (0,) * 6
+NORM_VECTORS = (1, 1, 1, 1, 0, 0)
+Z_VECTORS = (0, 0, 0, 0, 2, 2)
+
+
+def portable_gemm(arch):
+    """Both element types with an epilogue that computes and one that does not; on sm_80 all of them."""
+    activations = ACTIVATIONS if arch == "sm_80" else ("none", "gelu")
+    for dtype, activation in itertools.product(DTYPES, activations):
+        yield gemm_mma.kernel(dtype, activation, False).unit(arch)
+
+
+def hopper_gemm():
+    """Every tile with the plainest and the fullest epilogue; every activation on one of them."""
+    units = list(gemm_sm90.variants())
+    by_tile = {}
+    for unit in units:
+        defines = dict(unit.defines)
+        tile = tuple(defines[key] for key in ("CONSUMERS", "BLOCKS", "TILE_N", "CLUSTER_M", "CLUSTER_N"))
+        by_tile.setdefault(tile, []).append(
+            (defines["ACTIVATION"], defines["HAS_TAIL"], defines["BF16"], unit)
+        )
+    for i, variants in enumerate(by_tile.values()):
+        bf16 = [v for v in variants if v[2]]
+        chosen = {bf16[0][3], max(bf16, key=lambda v: (v[1], v[0] == 1))[3]}
+        if i == 0:
+            chosen |= {v[3] for v in bf16 if not v[1]} | {variants[-1][3]}
+        yield from chosen
+
+
+def sparsifiers(arch):
+    """Every producer with the FLUX rank, and the ranks with the plainest producer."""
+    cases = [("identity", rank, NO_VECTORS) for rank in (0, 16, 64, 128, 256)] + [("identity", 64, Z_VECTORS)]
+    if arch in ("sm_80", "sm_90a"):
+        for producer in PRODUCERS:
+            vectors = NORM_VECTORS if producer.endswith("_norm") else NO_VECTORS
+            cases.append((producer, 64 if "relu" not in producer else 0, vectors))
+    else:
+        cases += [
+            ("layer_norm", 64, NORM_VECTORS),
+            ("gelu_mul", 64, NO_VECTORS),
+            ("cat_gelu_tanh", 64, NO_VECTORS),
+        ]
+    for i, (producer, rank, vectors) in enumerate(cases):
+        variant = sparsify_kernel.Variant(DTYPES[i % 2], producer, rank, vectors)
+        geometry = sparsify_kernel.choose(
+            variant, 4096, 3072, 132, arch == "sm_90a", SHARED_MEMORY[arch] * 1024
+        )
+        yield build.unit(sparsify_kernel.SOURCE, arch, sparsify_kernel.defines(variant, geometry))
+
+
+def faults(unit):
+    """What is wrong with a unit's kernels, in words; nothing when all is well."""
+    compiled = build.compile_unit(unit)
+    found = build.resources(compiled)
+    assert compiled.code[:4] == b"\x7fELF"
+    assert found, f"no kernel in {unit}"
+    return [f"{unit}: {kernel}" for kernel in found if kernel.stack or kernel.spill or kernel.warnings]
+
+
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [
+        *(("gemm_mma", arch) for arch in PORTABLE_ARCHS),
+        ("gemm_sm90", "sm_90a"),
+        *(("sparsify", arch) for arch in (*PORTABLE_ARCHS, "sm_90a")),
+    ],
+)
+def test_compiles_clean(source, arch):
+    if source == "gemm_mma":
+        units = portable_gemm(arch)
+    elif source == "gemm_sm90":
+        units = hopper_gemm()
+    else:
+        units = sparsifiers(arch)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        assert list(itertools.chain.from_iterable(pool.map(faults, dict.fromkeys(units)))) == []
