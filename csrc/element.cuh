@@ -1,0 +1,68 @@
+// The 16-bit element types: packing, unpacking and the warp-level matrix instruction.
+#pragma once
+
+namespace lynx {
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct BFloat16 {
+    static __device__ __forceinline__ float low(u32 word) { return __uint_as_float(word << 16); }
+    static __device__ __forceinline__ float high(u32 word) { return __uint_as_float(word & 0xffff0000u); }
+
+    // Rounds to nearest even; `low` is the element at the lower address.
+    static __device__ __forceinline__ u32 pack(float low, float high) {
+        u32 word;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+        return word;
+    }
+
+    // Both elements, a NaN replaced by +Inf.
+    static __device__ __forceinline__ u32 nan_to_infinity(u32 word) {
+        asm("min.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7f807f80u));
+        return word;
+    }
+
+    // d (16 × 8, fp32) += a (16 × 16) · b (16 × 8)
+    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+};
+
+struct Float16 {
+    static __device__ __forceinline__ float low(u32 word) {
+        float value;
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(value) : "r"(word));
+        return value;
+    }
+
+    static __device__ __forceinline__ float high(u32 word) {
+        float value;
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word));
+        return value;
+    }
+
+    static __device__ __forceinline__ u32 pack(float low, float high) {
+        u32 word;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+        return word;
+    }
+
+    static __device__ __forceinline__ u32 nan_to_infinity(u32 word) {
+        asm("min.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7c007c00u));
+        return word;
+    }
+
+    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+};
+
+template <bool kFloat16> struct ElementOf { using Type = BFloat16; };
+template <> struct ElementOf<true> { using Type = Float16; };
+
+}  // namespace lynx

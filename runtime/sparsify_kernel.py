@@ -1,0 +1,362 @@
+"""`sparsify` on the GPU: checks arguments, chooses a variant and a geometry, launches csrc/sparsify.cu.
+
+One kernel is compiled for each combination of element type, producer, padded LoRA rank and stored vectors
+that a model uses; sizes, strides and the split of K over a cluster are arguments. Same contract as
+`ops.sparsify`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layout, semantics
+from .launch import Kernel, multiprocessors
+
+SOURCE = "sparsify.cu"
+DTYPES = (torch.bfloat16, torch.float16)
+PARAMETERS = "P" * 13 + "q" * 6 + "i" * 8 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify.cu
+ALIGNMENT = 16  # bytes of one copy
+MAX_RANK = 256  # of one launch; wider LoRA branches take several
+MAX_CLUSTER = 8  # the largest size every chip with clusters has
+
+# Macro values of csrc/producers.cuh and csrc/activations.cuh.
+_PRODUCER_KINDS = {"identity": 0, "act": 1, "act_mul": 2, "layer_norm": 3, "rms_norm": 4, "cat": 5}
+_ACTIVATION_KINDS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+_VECTORS = ("WEIGHT", "BIAS", "MULT", "ADD", "SHIFT", "SCORE")
+_ABSENT, _ELEMENT, _FLOAT = 0, 1, 2
+
+_SLOT_BYTES = 16 * 128  # one warp's chunk of one input in shared memory
+_RESERVED_BYTES = 1024  # of shared memory a block, by the system
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for. rank: of the LoRA branch, padded. storage: of `_VECTORS`."""
+
+    dtype: torch.dtype
+    producer: str
+    rank: int
+    storage: tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """How work is laid out.
+
+    A block has row_warps × column_warps warps of 16 rows each, keeps stages − 1 chunks a warp in flight, and
+    leaves room for min_blocks of its kind on a multiprocessor. `splits` blocks, a cluster, share the columns.
+    """
+
+    row_warps: int
+    column_warps: int
+    stages: int
+    min_blocks: int
+    splits: int
+
+
+class Plan(NamedTuple):
+    """A loaded kernel and what every launch of it on one shape has in common."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    held_rounds: int
+
+
+def sparsify(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    *,
+    eps: float = 0.0,
+    mult_offset: float = 0.0,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    lora_down: Tensor | None = None,
+    compensation: str = "norm",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values (M, K/2), metadata (ceil(M/64), K/64, 128) int32, scale (M,) fp32, t (M, R) of producer(inputs).
+
+    Inputs are bf16 or fp16 CUDA tensors with channels last; rows may be any multiple of 8 elements apart, and
+    other layouts are copied. Vectors (weight, bias, mult, add, shift, score) are of the same dtype or fp32.
+    lora_down: (R, K), R a multiple of 16. Raises TypeError for a dtype or device and ValueError for a shape
+    or an alignment the kernel does not take.
+    """
+    x = inputs[0]
+    if x is None or producer not in semantics.PRODUCERS:
+        raise ValueError(f"unknown producer {producer!r}; one of {', '.join(semantics.PRODUCERS)}")
+    dtype, device = x.dtype, x.device
+    if dtype not in DTYPES or device.type != "cuda":
+        raise TypeError(
+            f"the sparsify kernel takes bfloat16 or float16 CUDA tensors, got {dtype} on {device}"
+        )
+    x, x_stride = _rows(x, "the input", dtype, device)
+    m, k = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    first_columns, second, second_stride = k, None, 0
+    vectors: list[Tensor | None] = [None] * 4
+    if producer.endswith("_mul") or producer.startswith("cat"):
+        assert inputs[1] is not None
+        second, second_stride = _rows(inputs[1], "the second input", dtype, device)
+        columns = second.shape[-1]
+        if producer.startswith("cat"):
+            k += columns
+        if second.numel() != m * columns or (k == first_columns and columns != k) or first_columns % 64:
+            raise ValueError(
+                f"{producer}: inputs of {tuple(x.shape)} and {tuple(second.shape)} do not fit together; "
+                "both need the same rows, and for cat the first a multiple of 64 columns"
+            )
+    elif producer.endswith("_norm"):
+        vectors = list(inputs[1:])
+    if k % layout.BLOCK_COLUMNS or not k:
+        raise ValueError(f"sparsify needs K to be a multiple of {layout.BLOCK_COLUMNS}, got K = {k}")
+    if compensation not in semantics.COMPENSATIONS:
+        raise ValueError(
+            f"unknown compensation {compensation!r}; one of {', '.join(semantics.COMPENSATIONS)}"
+        )
+
+    storage, pointers = [], []
+    per_sample = [(0, 1)] * 2
+    for i, (name, vector) in enumerate(zip(_VECTORS, (*vectors, shift, score), strict=True)):
+        if vector is None:
+            storage.append(_ABSENT)
+            pointers.append(0)
+        elif 2 <= i < 4:  # mult and add: a row a sample
+            vector, stride = _rows(vector, name.lower(), None, device)
+            samples = vector.numel() // k
+            if samples * k != vector.numel() or not samples or m % samples or vector.shape[-1] != k:
+                raise ValueError(
+                    f"{name.lower()} {tuple(vector.shape)} needs K = {k} channels and a number of rows "
+                    f"that divides M = {m}"
+                )
+            per_sample[i - 2] = stride, max(m // samples, 1)
+            storage.append(_storage(vector, name, dtype))
+            pointers.append(vector.data_ptr())
+        else:
+            if vector.numel() != k or not vector.is_contiguous() or vector.device != device:
+                raise ValueError(
+                    f"{name.lower()} needs {k} contiguous elements on {device}, got shape "
+                    f"{tuple(vector.shape)} with strides {vector.stride()} on {vector.device}"
+                )
+            storage.append(_storage(vector, name, dtype))
+            pointers.append(_aligned(vector, name.lower()))
+    rank = lora_stride = 0
+    if lora_down is not None and lora_down.shape[0]:
+        lora_down, lora_stride = _rows(lora_down, "lora_down", dtype, device)
+        rank = lora_down.shape[0]
+        if lora_down.dim() != 2 or lora_down.shape[1] != k or rank % 16:
+            raise ValueError(
+                f"lora_down needs shape (R, {k}) with R a multiple of 16, got {tuple(lora_down.shape)}; "
+                "pad it with zeros"
+            )
+
+    values = x.new_empty(m, k // 2)
+    metadata = x.new_empty(layout.metadata_shape(m, k), dtype=torch.int32)
+    scale = x.new_empty(m, dtype=torch.float32)
+    t = x.new_empty(m, rank)
+    if m:
+        outputs = [values.data_ptr(), metadata.data_ptr(), scale.data_ptr()]
+        for begin in range(0, max(rank, 1), MAX_RANK):
+            part = min(rank - begin, MAX_RANK)
+            variant = Variant(dtype, producer, padded_rank(part), tuple(storage))
+            p = plan(device.index, variant, m, k)
+            p.kernel(
+                device.index,
+                p.grid,
+                x.data_ptr(),
+                second.data_ptr() if second is not None else 0,
+                *pointers,
+                lora_down.data_ptr() + begin * lora_stride if part and lora_down is not None else 0,
+                *(outputs if begin == 0 else (0, 0, 0)),
+                t.data_ptr() + begin * t.element_size(),
+                x_stride,
+                second_stride,
+                per_sample[0][0],
+                per_sample[1][0],
+                lora_stride,
+                rank * t.element_size(),
+                m,
+                k,
+                first_columns,
+                per_sample[0][1],
+                per_sample[1][1],
+                part,
+                p.held_rounds,
+                compensation == "native",
+                eps,
+                mult_offset,
+                semantics.NORM_EPS,
+                0,  # padding
+            )
+    return values, metadata, scale, t
+
+
+def padded_rank(rank: int) -> int:
+    """The rank a kernel is compiled for: coarser steps for wider branches keep the variants few."""
+    step = 16 if rank <= 64 else 32 if rank <= 128 else 64
+    return _ceil_div(rank, step) * step
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(device: int, variant: Variant, m: int, k: int) -> Plan:
+    """Kernel and geometry for X (m, k) on `device`."""
+    properties = torch.cuda.get_device_properties(device)
+    smem = properties.shared_memory_per_multiprocessor
+    geometry = choose(variant, m, k, multiprocessors(device), properties.major >= 9, smem)
+    return plan_with(geometry, variant, m, k, smem)
+
+
+def choose(variant: Variant, m: int, k: int, sms: int, clusters: bool, smem: int) -> Geometry:
+    """Geometry for X (m, k) on a chip of `sms` multiprocessors with `smem` bytes of shared memory each.
+
+    Without LoRA a block takes few rows, so that all multiprocessors have work; with LoRA more, because each
+    block reads the weight of its columns once. `splits` makes up for what rows alone cannot fill.
+    """
+    if variant.producer.endswith("_norm") and variant.rank == 0:
+        row_warps, column_warps, blocks = 1, 8, 2
+    elif variant.rank == 0:
+        row_warps, column_warps, blocks = 1, 16, 1
+    elif variant.rank <= 64:
+        row_warps, column_warps, blocks = 4, 2, 2
+    else:
+        row_warps, column_warps, blocks = 8, 1, 1
+    tiles = _row_tiles(m, row_warps)
+    splits = 1
+    while (
+        clusters
+        and splits < MAX_CLUSTER
+        and tiles * splits < sms * 3 // 4
+        and k >= 256 * splits * column_warps
+    ):
+        splits *= 2
+    stage = _stage_bytes(variant, row_warps, column_warps)
+    room = smem // blocks - _RESERVED_BYTES - _static_bytes(row_warps, column_warps)
+    rounds = _ceil_div(_ceil_div(k // layout.BLOCK_COLUMNS, splits), column_warps)
+    return Geometry(row_warps, column_warps, min(max(room // stage, 2), max(rounds, 3), 6), blocks, splits)
+
+
+def _row_tiles(m: int, row_warps: int) -> int:
+    """Blocks along M. Metadata is written for whole blocks of 64 rows."""
+    return _ceil_div(_ceil_div(m, layout.BLOCK_ROWS) * layout.BLOCK_ROWS, 16 * row_warps)
+
+
+def _stage_bytes(variant: Variant, row_warps: int, column_warps: int) -> int:
+    inputs = 2 if variant.producer.endswith("_mul") else 1
+    return row_warps * column_warps * _SLOT_BYTES * inputs + column_warps * variant.rank * 128
+
+
+def _static_bytes(row_warps: int, column_warps: int) -> int:
+    return 8 * 16 * row_warps * (2 * column_warps + 1)
+
+
+def plan_with(g: Geometry, variant: Variant, m: int, k: int, smem_of_multiprocessor: int) -> Plan:
+    """The launch of one geometry."""
+    lora = g.stages * g.column_warps * variant.rank * 128
+    round_bytes = _stage_bytes(variant, g.row_warps, g.column_warps) - lora // g.stages
+    rounds = _ceil_div(_ceil_div(k // layout.BLOCK_COLUMNS, g.splits), g.column_warps)
+    room = (
+        smem_of_multiprocessor // g.min_blocks - _RESERVED_BYTES - _static_bytes(g.row_warps, g.column_warps)
+    )
+    held = 0
+    if variant.producer.endswith("_norm"):
+        held = min(rounds, (room - lora) // round_bytes)
+        if held < rounds:
+            held = max((room - lora) // round_bytes - g.stages, 0)
+    slots = held if held == rounds else held + g.stages
+    partial = 4 * g.column_warps * 16 * g.row_warps * (variant.rank + 8) if variant.rank else 0
+    smem = max(lora + slots * round_bytes, partial)
+    grid = _row_tiles(m, g.row_warps) * g.splits
+    return Plan(_kernel(variant, g, smem), (grid, 1, 1), held)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel(variant: Variant, g: Geometry, smem: int) -> Kernel:
+    return Kernel(
+        SOURCE,
+        "sparsify",
+        parameters=PARAMETERS,
+        threads=32 * g.row_warps * g.column_warps,
+        defines=defines(variant, g),
+        smem=smem,
+        cluster=g.splits,
+        overlap=True,
+    )
+
+
+def defines(variant: Variant, g: Geometry) -> dict[str, int | str]:
+    """The macros csrc/sparsify.cu is compiled with."""
+    activation = variant.producer.removeprefix("cat_").removesuffix("_mul")
+    if variant.producer.startswith("cat"):
+        kind = "cat"
+    elif variant.producer.endswith("_mul"):
+        kind = "act_mul"
+    else:
+        kind = variant.producer if variant.producer in _PRODUCER_KINDS else "act"
+    return {
+        "FLOAT16": int(variant.dtype == torch.float16),
+        "PRODUCER": _PRODUCER_KINDS[kind],
+        "ACTIVATION": _ACTIVATION_KINDS.get(activation, 0),
+        "RANK": variant.rank,
+        **dict(zip(_VECTORS, variant.storage, strict=True)),
+        "ROW_WARPS": g.row_warps,
+        "COLUMN_WARPS": g.column_warps,
+        "SPLITS": g.splits,
+        "STAGES": g.stages,
+        "MIN_BLOCKS": g.min_blocks,
+    }
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def _rows(tensor: Tensor, name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[Tensor, int]:
+    """The tensor and the bytes between its rows; a copy where that is no constant."""
+    if tensor.device != device or (dtype is not None and tensor.dtype != dtype):
+        raise TypeError(
+            f"{name} must be {dtype or 'a tensor'} on {device}, got {tensor.dtype} on {tensor.device}"
+        )
+    size = tensor.element_size()
+    if tensor.is_contiguous():
+        stride = tensor.shape[-1]
+    else:
+        found = _row_stride(tensor.shape, tensor.stride())
+        if found is None or found * size % ALIGNMENT:
+            tensor, found = tensor.contiguous(), tensor.shape[-1]
+        stride = found
+    _aligned(tensor, name)
+    return tensor, stride * size
+
+
+def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Elements between consecutive rows of an N-D tensor, channels last, or None when that is no constant."""
+    if strides[-1] != 1 and shape[-1] != 1:
+        return None
+    row, rows = None, 1
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        if size == 1:
+            continue
+        if row is None:
+            row = stride
+        elif stride != row * rows:
+            return None
+        rows *= size
+    return shape[-1] if row is None else row
+
+
+def _aligned(tensor: Tensor, name: str) -> int:
+    pointer = tensor.data_ptr()
+    if pointer % ALIGNMENT:
+        raise ValueError(
+            f"{name} starts at address {pointer:#x}, which is no multiple of {ALIGNMENT} bytes; "
+            "pass a clone() of it"
+        )
+    return pointer
+
+
+def _storage(vector: Tensor, name: str, dtype: torch.dtype) -> int:
+    if vector.dtype == dtype:
+        return _ELEMENT
+    if vector.dtype == torch.float32:
+        return _FLOAT
+    raise TypeError(f"{name.lower()} must be {dtype} or torch.float32, got {vector.dtype}")
