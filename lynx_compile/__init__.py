@@ -9,6 +9,7 @@ from .report import clear_report, report
 
 if TYPE_CHECKING:
     from .backend import rewrite, rt_lynx
+    from .explanation import explain
     from .layers import LynxLinear, attach, detach
 
 # public name → module; imported on first use, so that the command line starts without torch
@@ -16,11 +17,12 @@ _LAZY = {
     "LynxLinear": "layers",
     "attach": "layers",
     "detach": "layers",
+    "explain": "explanation",
     "rewrite": "backend",
     "rt_lynx": "backend",
 }
 
-__all__ = ["LynxLinear", "attach", "clear_report", "detach", "report", "rewrite", "rt_lynx"]
+__all__ = ["LynxLinear", "attach", "clear_report", "detach", "explain", "report", "rewrite", "rt_lynx"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,8 +44,12 @@ def rt_lynx(
     return compiled
 
 
-def rewrite(gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = None) -> GraphReport:
-    """Rewrite a graph in place: normalise → match → decide → rewrite. Returns (and records) what was decided.
+def rewrite(
+    gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = None, *, recorded: bool = True
+) -> GraphReport:
+    """Rewrite a graph in place: normalise → match → decide → rewrite. Returns what was decided.
+
+    recorded: whether it also joins `lynx_compile.report()`.
 
     The graph is left exactly as it was when nothing in it becomes sparse, when gradients are on, and when a
     pass fails (with `strict=True`, that error is raised instead).
@@ -77,8 +81,9 @@ def rewrite(gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = No
         note = f"rewriting failed, so the model runs dense: {type(error).__name__}: {error}"
         report = GraphReport(tuple(map(_row, linears, _all_dense(linears, note))), note)
         log.warning("%s (options={'strict': True} raises it)", note, exc_info=True)
-    _notify(report)
-    record(report)
+    if recorded:
+        _notify(report)
+        record(report)
     return report
 
 

@@ -141,12 +141,7 @@ KNOWN: dict[str, KnownModel] = {
         "THUDM/CogVideoX-5b",
         "CogVideoXTransformer3DModel",
         5.6,
-        {
-            "num_attention_heads": 48,
-            "num_layers": 42,
-            "use_rotary_positional_embeddings": True,
-            "use_learned_positional_embeddings": True,
-        },
+        {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
         Step(width=720, height=480, frames=49, text_tokens=226),
     ),
 }

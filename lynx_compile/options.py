@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from . import cost
 from .runtime.semantics import COMPENSATIONS
 
 RESTS = ("inductor", "eager")
@@ -20,6 +21,7 @@ class Options:
     only: globs; only these become sparse, also where a safe default would keep them dense.
     compensation: "norm" (rows are rescaled to their norm before pruning) or "native" (they are not).
     min_tokens: layers with fewer tokens stay dense; None asks the cost model of the device.
+    cost_table: whose measured times that is (`lynx_compile.cost.devices()`); None: the model's own device.
     emulate: run the method's plain PyTorch definition where there are no kernels. Slower than dense.
     strict: raise what goes wrong while rewriting, instead of running the model dense.
     mode: a mode of `torch.compile` for the rest of the graph, as "max-autotune".
@@ -31,6 +33,7 @@ class Options:
     only: tuple[str, ...] = ()
     compensation: str = "norm"
     min_tokens: int | None = None
+    cost_table: str | None = None
     emulate: bool = False
     strict: bool = False
     mode: str | None = None
@@ -64,6 +67,8 @@ class Options:
             raise ValueError(f"min_tokens={tokens} is negative; 0 makes every layer eligible")
         if not isinstance(given.get("inductor", {}), Mapping):
             raise TypeError(_wrong_type("inductor", given["inductor"], "a dict of Inductor options"))
+        if given.get("cost_table") is not None:
+            _check_choice(given, "cost_table", cost.devices())
         _check_choice(given, "compensation", COMPENSATIONS)
         _check_choice(given, "rest", RESTS)
         if given.get("mode") is not None:

@@ -167,9 +167,11 @@ def _reads_attention(node: fx.Node) -> bool:
 def _least_tokens(linear: Linear, options: Options, readers: int) -> int | None:
     if options.min_tokens is not None:
         return options.min_tokens
-    if linear.device.type != "cuda":
+    table = options.cost_table
+    if table is None and linear.device.type != "cuda":
         return 1
-    table = cost.device_key(torch.cuda.get_device_name(linear.device)) if torch.cuda.is_available() else None
+    if table is None and torch.cuda.is_available():
+        table = cost.device_key(torch.cuda.get_device_name(linear.device))
     if table is None:
         return DEFAULT_MIN_TOKENS
     return cost.break_even_tokens(table, linear.n, linear.k, rank_of(linear.down), readers)

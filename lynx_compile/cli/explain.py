@@ -78,7 +78,7 @@ def _explain(
 ) -> None:
     from rich.console import Console
 
-    from .. import explain as explaining
+    from ..explanation import explain as explain_model
     from ..models import resolve
 
     console = Console()
@@ -88,7 +88,7 @@ def _explain(
     for name in models:
         step = at_resolution(resolve(name).step, resolution, batch)
         with Console(stderr=True).status(f"tracing {name}"):
-            explanation = explaining.explain(name, options=options, step=step, device=device, rank=rank)
+            explanation = explain_model(name, options=options, step=step, device=device, rank=rank)
         done.append(explanation)
         if as_json:
             typer.echo(explanation.to_json())

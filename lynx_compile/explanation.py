@@ -9,7 +9,6 @@ times come from the cost model of the device asked for.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Mapping
@@ -26,7 +25,9 @@ from . import cost
 from .backend import rewrite
 from .models import Step, resolve
 from .options import Options
+from .passes.site import META
 from .report import GraphReport, Report, Row
+from .runtime import ops
 
 TRACE_LIMIT = 64  # graphs one frame may be traced to: explaining must not eat a later compilation's limit
 
@@ -162,11 +163,12 @@ def explain(
 
     model: a name, path or hub id (see `models.resolve`), built on meta tensors; or a module, which is called
     once with `inputs` where it is. step: resolution and batch for a named model. device: a cost table
-    (`cost.devices()`) for predicted times and break-even tokens. rank: of the LoRA branch in those times.
+    (`cost.devices()`) for predicted times and the tokens from which on sparse pays. rank: of the LoRA branch
+    in those times. Layers that share one sparsify share its time.
     Raises ValueError for an unknown model or device, TypeError for a module without inputs.
     """
     if device is not None:
-        cost.model(device)  # an unknown device is an error before the work, not after
+        cost.model(device)  # an unknown device is an error before the work, not after it
     if isinstance(model, nn.Module):
         if inputs is None:
             raise TypeError("explain(module) needs the keyword inputs of one call: explain(module, inputs)")
@@ -176,28 +178,42 @@ def explain(
         title = resolved.title
         inputs = inputs or resolved.inputs(step)
         model = resolved.build()
-    settings = Options.parse({**(options or {}), "emulate": True, "rest": "eager"})
-    reports = _trace(model, inputs, settings)
-    rows = [row for report in reports for row in report.rows]
-    notes = tuple(dict.fromkeys(report.note for report in reports if report.note))
-    return Explanation(title, tuple(_predicted(row, device, rank) for row in rows), notes, device, rank)
+    settings = Options.parse({**(options or {}), "cost_table": device, "emulate": True, "rest": "eager"})
+    layers, notes = [], []
+    for report, sharing in _trace(model, inputs, settings):
+        layers += [Layer(row, _predict(row, device, rank, sharing.get(row.name, 1))) for row in report.rows]
+        notes += [report.note] if report.note else []
+    return Explanation(title, tuple(layers), tuple(dict.fromkeys(notes)), device, rank)
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Any], settings: Options) -> list[GraphReport]:
-    """The reports of every graph of one call, without touching what was compiled or reported before."""
-    reports: list[GraphReport] = []
+def _trace(
+    model: nn.Module, inputs: Mapping[str, Any], settings: Options
+) -> list[tuple[GraphReport, dict[str, int]]]:
+    """Each graph of one call: its report, and by layer how many share its sparsify."""
+    traced: list[tuple[GraphReport, dict[str, int]]] = []
 
     def dry_run(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        trial = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        reports.append(rewrite(trial, settings))
+        dense = gm.graph
+        report = rewrite(gm, settings, recorded=False)
+        traced.append((report, _sharing(gm.graph)))
+        gm.graph = dense
         return gm.forward
 
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=TRACE_LIMIT):
         torch.compile(model, backend=dry_run, dynamic=False)(**inputs)
-    return reports
+    return traced
 
 
-def _predicted(row: Row, device: str | None, rank: int) -> Layer:
+def _sharing(graph: fx.Graph) -> dict[str, int]:
+    """Layer name → how many layers read the values of the same sparsify."""
+    readers: dict[fx.Node, list[str]] = {}
+    for node in graph.nodes:
+        if node.target is ops.sparse_linear:
+            readers.setdefault(node.args[0], []).append(node.meta[META].name)
+    return {name: len(names) for names in readers.values() for name in names}
+
+
+def _predict(row: Row, device: str | None, rank: int, shared: int) -> cost.Prediction | None:
     if device is None:
-        return Layer(row)
-    return Layer(row, cost.predict(device, max(row.m, 1), row.n, row.k, rank))
+        return None
+    return cost.predict(device, max(row.m, 1), row.n, row.k, rank, shared)
