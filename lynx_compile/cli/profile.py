@@ -13,7 +13,7 @@ from ..profile import ProfileError, diff, load_profile, merge, save_profile
 from ..profile import seal as seal_folder
 from ..profile.format import Profile
 
-app = typer.Typer(no_args_is_help=True, help="Show, compare and merge profiles.")
+app = typer.Typer(name="profile", no_args_is_help=True, help="Show, compare and merge profiles.")
 Folder = Annotated[Path, typer.Argument(help="Folder that holds lynx.json.")]
 
 
