@@ -15,9 +15,9 @@ from typing import Any
 from torch import fx
 
 from ..runtime import ops
-from .graph import CASTS, getitem, insert, kind, order
+from .graph import CASTS, getitem, insert, kind, order, replace
 from .mutation import Mutations, is_fresh, remove_dead
-from .site import Site, rank_of, sites_of
+from .site import META, Site, sites_of
 
 
 def choose_at_run_time(graph: fx.Graph) -> int:
@@ -34,8 +34,8 @@ def choose_at_run_time(graph: fx.Graph) -> int:
 
 
 def _rewrite(layers: list[Site], mutations: Mutations) -> int:
-    sparsify, graph = layers[0].sparsify, layers[0].sparsify.graph
-    position = order(graph)
+    sparsify = layers[0].sparsify
+    position = order(sparsify.graph)
     layers = sorted(layers, key=lambda site: position[site.y])
     first = layers[0].y
     if any(mutations.between(read, sparsify, first) for read in sparsify.all_input_nodes):
@@ -46,13 +46,10 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
             return 0
         if not all(_hoist(node, first, position) for node in operands):
             return 0
-    downs: dict[fx.Node, int] = {}
     columns: list[int] = []
-    for branch in [branch for site in layers for branch in site.note.branches]:
-        downs.setdefault(branch.down, sum(map(rank_of, downs)))
     for index, site in enumerate(layers):
         for branch in site.note.branches:
-            columns += [index, downs[branch.down], rank_of(branch.down), int(branch.own)]
+            columns += [index, *sparsify.meta[META][branch.down], int(branch.own)]
     producer, inputs = sparsify.args
     names = ("bias", "lora_up", "gate", "residual")
     lists = {name: [site.y.kwargs.get(name) for site in layers] for name in names}
@@ -70,10 +67,11 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
         gates=lists["gate"],
         residuals=lists["residual"],
     )
+    outputs.meta[META] = [site.note for site in layers]
     outputs_of = [getitem(outputs, index, first) for index in range(len(layers))]
     for site, output in zip(layers, outputs_of, strict=True):
-        site.y.replace_all_uses_with(output)
-        graph.erase_node(site.y)
+        mutations.stand_in(output, site.y)
+        replace(site.y, output)
     return len(layers)
 
 

@@ -19,7 +19,7 @@ from ..runtime import ops
 from .graph import insert, kind, replace, tensor
 from .mutation import Mutations
 
-META = "rt_lynx"  # key of node.meta that holds the Note of a sparse_linear
+META = "rt_lynx"  # key of node.meta: Note of a sparse_linear; {down: (start, rank)} of a sparsify
 RANK_MULTIPLE = 16  # the LoRA branch runs in steps of 16 on tensor cores
 
 
@@ -141,6 +141,7 @@ def arrange_branches(sparsify: fx.Node) -> None:
                 total += rank_of(branch.down)
     if not columns:
         return
+    sparsify.meta[META] = columns
     down = _cat(list(columns), 0, sparsify)
     sparsify.kwargs = {**sparsify.kwargs, "lora_down": down}
     t = next(user for user in sparsify.users if user.args[1] == 3)

@@ -1,0 +1,475 @@
+"""Random graphs as Dynamo would write them, run as they are, rewritten, and by the definition.
+
+`random_graph` draws from any object with the interface of `random.Random`: hypothesis' `st.randoms()` in the
+tests, `random.Random(seed)` in `make fuzz`. Every node is executed while the graph is built, so shapes are
+always valid and each node has a real tensor as its example value.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lynx_compile import passes
+from lynx_compile.passes.site import META
+from lynx_compile.runtime import ops, semantics
+
+ACTIVATIONS: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (
+    (torch._C._nn.gelu, {"approximate": "tanh"}),
+    (torch._C._nn.gelu, {}),
+    (F.silu, {}),
+    (F.relu, {}),
+    (torch.tanh, {}),
+)
+
+
+@dataclass
+class Drawn:
+    """A graph, the values of its inputs, and which of its layers were chosen to be sparse."""
+
+    graph: fx.Graph
+    inputs: list[Tensor]
+    chosen: set[str] = field(default_factory=set)
+    min_tokens: int = 0
+    compensation: str = "norm"
+    exact: bool = True  # False where part of it runs in fp32
+
+    def fresh_inputs(self) -> list[Tensor]:
+        """The inputs as they were before any in-place operation; aliases stay aliases."""
+        return copy.deepcopy(self.inputs)
+
+
+def run(graph: fx.Graph, inputs: Sequence[Tensor], call: Callable[..., Any] | None = None) -> Any:
+    """Execute a graph node by node. call(node, values) may stand in for a node."""
+    values: dict[fx.Node, Any] = {}
+    left = list(inputs)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = left.pop(0)
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "output":
+            return args[0]
+        result = NotImplemented if call is None else call(node, values)
+        if result is NotImplemented:
+            target = getattr(args[0], node.target) if node.op == "call_method" else node.target
+            result = target(*(args[1:] if node.op == "call_method" else args), **kwargs)
+        values[node] = result
+    raise AssertionError("a graph ends in its output")
+
+
+def by_definition(drawn: Drawn, dense: frozenset[str] = frozenset()) -> tuple[Any, list[Tensor]]:
+    """Run the drawn graph with `semantics` in place of each chosen layer; (outputs, inputs afterwards).
+
+    dense: layers that were chosen but run dense, by the number of their tokens.
+    """
+
+    def call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        layer = node.meta.get("layer")
+        if layer is None or layer.name not in drawn.chosen or layer.name in dense:
+            return NotImplemented
+        return _sparse_layer(
+            {part: values[source] for part, source in layer.parts.items()}, drawn.compensation
+        )
+
+    inputs = drawn.fresh_inputs()
+    return run(drawn.graph, inputs, call), inputs
+
+
+def rewritten(drawn: Drawn, fusions: Sequence[Callable[[fx.Graph], int]] = passes.FUSIONS) -> fx.Graph:
+    """A rewritten copy of the drawn graph, checked for consistency; `chosen` keeps what could be sparse."""
+    graph = copy.deepcopy(drawn.graph)
+    passes.normalize(graph)
+    linears = [
+        linear for linear in passes.find_linears(graph) if linear.name in drawn.chosen and not linear.obstacle
+    ]
+    drawn.chosen = {linear.name for linear in linears}
+    for linear in linears:
+        linear.min_tokens = drawn.min_tokens
+    passes.sparsify_linears(graph, linears, drawn.compensation)
+    for fuse in fusions:
+        fuse(graph)
+    passes.lower_markers(graph)
+    graph.lint()
+    return graph
+
+
+def dense_at_run_time(graph: fx.Graph, drawn: Drawn) -> frozenset[str]:
+    """The layers of a rewritten graph that choose at run time, and choose dense."""
+    names: set[str] = set()
+    for node in graph.nodes:
+        if node.target is ops.linears:
+            rows = node.args[1][0].meta["example_value"]
+            if rows.numel() // rows.shape[-1] < drawn.min_tokens:
+                names |= {note.name for note in node.meta[META]}
+    return frozenset(names)
+
+
+def check(drawn: Drawn, fusions: Sequence[Callable[[fx.Graph], int]] = passes.FUSIONS) -> fx.Graph:
+    """Assert that the rewritten graph computes what the definition does, in-place effects included."""
+    graph = rewritten(drawn, fusions)
+    want, want_inputs = by_definition(drawn, dense_at_run_time(graph, drawn))
+    inputs = drawn.fresh_inputs()
+    got = run(graph, inputs)
+    for name, a, b in [
+        *((f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))),
+        *((f"input {i}", a, b) for i, (a, b) in enumerate(zip(inputs, want_inputs, strict=True))),
+    ]:
+        assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        assert a.dtype == b.dtype, f"{name}: {a.dtype}, expected {b.dtype}"
+        close = torch.isclose(a, b, rtol=1e-8, atol=1e-8) if drawn.exact else torch.isclose(a, b, 1e-3, 1e-3)
+        # in fp32 a rounding may tip the choice of which two of four are kept
+        enough = 1.0 if drawn.exact else 0.97
+        assert a.numel() == 0 or close.double().mean() >= enough, f"{name}: off by {(a - b).abs().max():.3g}"
+    return graph
+
+
+def _sparse_layer(parts: dict[str, Tensor], compensation: str) -> Tensor:
+    x, weight, bias = parts["x"], parts["weight"], parts.get("folded", parts.get("bias"))
+    down, up, shift, score = (parts.get(name) for name in ("down", "up", "shift", "score"))
+    rows = x.reshape(-1, x.shape[-1])
+    s = semantics.sparsify(rows, shift=shift, score=score, lora_down=down, compensation=compensation)
+    y = semantics.sparse_linear(s.pruned, s.scale, s.t, weight, lora_up=up, bias=bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer as it was drawn: its name and the nodes it reads, whatever its spelling."""
+
+    name: str
+    parts: dict[str, fx.Node]
+
+
+def random_graph(draw: Any, steps: int = 8) -> Drawn:
+    """A graph of up to `steps` random steps over one or two inputs, with about half of its layers chosen."""
+    builder = _Builder(draw)
+    for _ in range(draw.randint(1, steps)):
+        try:
+            draw.choice(_STEPS)(builder)
+        except RuntimeError:  # an in-place operation that torch refuses (an expanded or overlapping tensor)
+            builder.erase_failed()
+    outputs = [node for node in builder.live if draw.random() < 0.3] or [builder.live[-1]]
+    builder.graph.output(tuple(dict.fromkeys([*outputs, builder.live[-1]])))
+    drawn = Drawn(builder.graph, builder.inputs, exact=builder.exact)
+    drawn.chosen = {name for name in builder.names if draw.random() < 0.8}
+    drawn.compensation = draw.choice(semantics.COMPENSATIONS)
+    drawn.min_tokens = draw.choice((0, 0, 0, 2, 4, 1000))
+    return drawn
+
+
+class _Builder:
+    """Appends nodes to a graph and executes each at once."""
+
+    def __init__(self, draw: Any) -> None:
+        self.draw = draw
+        self.graph = fx.Graph()
+        self.inputs: list[Tensor] = []
+        self.names: list[str] = []
+        self.exact = True
+        self.weights: dict[tuple[int, ...], list[fx.Node]] = {}
+        self._generator = torch.Generator().manual_seed(draw.randint(0, 2**31))
+        self._first: fx.Node | None = None
+        batch, tokens = draw.choice(((1, 3), (2, 2), (3, 1), (1, 1), (2, 0)))
+        self.leading = draw.choice(((batch, tokens), (batch, tokens), (batch * tokens,), (batch, 1, tokens)))
+        self.live = [self.input(self.random(*self.leading, 64)) for _ in range(draw.randint(1, 2))]
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64) / 4
+
+    def input(self, tensor: Tensor) -> fx.Node:
+        """A graph input; placeholders stand in front of everything else."""
+        with self.graph.inserting_before(self._first) if self._first else self.graph.inserting_after():
+            node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        node.meta["example_value"] = tensor.clone()
+        self.inputs.append(tensor)
+        return node
+
+    def parameter(self, *shape: int) -> fx.Node:
+        """A weight: a new one, or one that another layer has already."""
+        known = self.weights.setdefault(shape, [])
+        if not known or self.draw.random() < 0.8:
+            known.append(self.input(self.random(*shape)))
+        return self.draw.choice(known)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Append a call of a function, or of a method given by name, and execute it."""
+        create = self.graph.call_method if isinstance(target, str) else self.graph.call_function
+        node = create(target, args, kwargs)
+        self._first = self._first or node
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        function = getattr(values[0][0], target) if isinstance(target, str) else target
+        node.meta["example_value"] = function(
+            *(values[0][1:] if isinstance(target, str) else values[0]), **values[1]
+        )
+        return node
+
+    def erase_failed(self) -> None:
+        """Drop the nodes of a step that raised."""
+        for node in reversed(list(self.graph.nodes)):
+            if "example_value" not in node.meta:
+                self.graph.erase_node(node)
+
+    def pick(self, channels: int | None = None) -> fx.Node:
+        """A tensor to go on from: mostly a recent one, of the given width."""
+        fits = [node for node in self.live if channels is None or self.width(node) == channels]
+        return self.draw.choice(fits[-3:]) if fits else self.live[0]
+
+    @staticmethod
+    def value(node: fx.Node) -> Tensor:
+        return node.meta["example_value"]
+
+    def width(self, node: fx.Node) -> int:
+        return self.value(node).shape[-1]
+
+    def keep(self, node: fx.Node) -> fx.Node:
+        self.live.append(node)
+        return node
+
+    def linear(self, x: fx.Node, n: int, name: str | None = None, bias: bool | None = None) -> fx.Node:
+        """A linear layer in one of its spellings."""
+        k, draw = self.width(x), self.draw
+        weight = self.parameter(n, k)
+        with_bias = draw.random() < 0.5 if bias is None else bias
+        parts = {"x": x, "weight": weight}
+        if with_bias:
+            parts["bias"] = self.parameter(n)
+        b = parts.get("bias")
+        spelling = draw.randint(0, 6) if self.value(x).dtype == self.value(weight).dtype else 0
+        if spelling == 1:
+            node = self.call(F.linear, input=x, weight=weight, bias=b)
+        elif spelling == 2 and b is None and self.value(x).dim() > 1:
+            transposed = self.call(draw.choice(("t", torch.t)), weight)
+            node = self.call(draw.choice((torch.matmul, operator.matmul, "matmul")), x, transposed)
+        elif spelling == 3 and b is not None and self.value(x).dim() == 2:
+            node = self.call(torch.addmm, b, x, self.call(getattr, weight, "T"))
+        elif spelling == 4:
+            data = {}
+            if draw.random() < 0.5:
+                rank = draw.choice((16, 5))
+                data = {"down": self.parameter(rank, k), "up": self.parameter(n, rank)}
+            if draw.random() < 0.5:
+                data |= {"shift": self.parameter(k), "folded": self.parameter(n)}
+            if draw.random() < 0.3:
+                data["score"] = self.parameter(k)
+            order = [data.get(part) for part in ("down", "up", "shift", "score", "folded")]
+            node = self.call(ops.linear, x, weight, b, *order, draw.choice(("", "sparse", "dense")))
+            parts |= data
+        else:
+            node = self.call(torch._C._nn.linear, x, weight, *([b] if b is not None else []))
+        name = name or f"layer_{len(self.names)}"
+        self.names.append(name)
+        node.meta["layer"] = _Layer(name, parts)
+        node.meta["nn_module_stack"] = {name: (name, nn.Linear)}
+        return node
+
+
+def _step_linear(b: _Builder) -> None:
+    b.keep(b.linear(b.pick(), b.draw.choice((64, 64, 128, 16, 20))))
+
+
+def _step_shared(b: _Builder) -> None:
+    x = b.pick(64)
+    for _ in range(b.draw.randint(2, 3)):
+        b.keep(b.linear(x, b.draw.choice((64, 128))))
+
+
+def _step_activation(b: _Builder) -> None:
+    function, kwargs = b.draw.choice(ACTIVATIONS)
+    b.keep(b.call(function, b.pick(), **kwargs))
+
+
+def _step_mlp(b: _Builder) -> None:
+    h = b.linear(b.pick(64), 128)
+    function, kwargs = b.draw.choice(ACTIVATIONS)
+    h = b.call(function, h, **kwargs)
+    if b.draw.random() < 0.5:
+        h = b.call(F.dropout, h, 0.0, False, False)
+    if b.draw.random() < 0.2:
+        b.keep(h)
+    b.keep(b.linear(h, 64))
+
+
+def _step_gated(b: _Builder) -> None:
+    function, kwargs = b.draw.choice(ACTIVATIONS[:4])
+    x = b.pick(64)
+    if b.draw.random() < 0.5:
+        halves = b.call("chunk", b.linear(x, 128), 2, -1)
+        up, gate = (b.call(operator.getitem, halves, i) for i in range(2))
+    else:
+        gate, up = b.linear(x, 64), b.linear(x, 64)
+    pair = [b.call(function, gate, **kwargs), up]
+    b.draw.shuffle(pair)
+    b.keep(b.linear(b.call(operator.mul, *pair), 64))
+
+
+def _modulation(b: _Builder, x: fx.Node) -> fx.Node:
+    """A tensor that broadcasts over x: per sample, per token or for all."""
+    shape = list(b.value(x).shape)
+    for axis in range(b.draw.randint(0, len(shape) - 1), len(shape) - 1):
+        shape[axis] = 1
+    node = b.input(b.random(*shape))
+    if len(shape) == 3 and shape[1] == 1 and b.draw.random() < 0.5:
+        flat = b.input(b.random(shape[0], shape[2]))
+        node = b.call(operator.getitem, flat, (slice(None), None))
+    return node
+
+
+def _norm(b: _Builder, x: fx.Node) -> fx.Node:
+    k = b.width(x)
+    weight = b.parameter(k) if b.draw.random() < 0.5 else None
+    kind = b.draw.randint(0, 2)
+    if kind == 0:
+        bias = b.parameter(k) if weight is not None and b.draw.random() < 0.5 else None
+        return b.call(F.layer_norm, x, (k,), weight, bias, 1e-5)
+    if kind == 1:
+        return b.call(torch.rms_norm, x, (k,), weight, b.draw.choice((1e-6, None)))
+    square = b.call("pow", b.call("to", x, torch.float64), 2)
+    variance = b.call(operator.add, b.call("mean", square, -1, keepdim=True), 1e-6)
+    y = b.call(operator.mul, x, b.call(torch.rsqrt, variance))
+    return y if weight is None else b.call(operator.mul, y, weight)
+
+
+def _step_norm(b: _Builder) -> None:
+    x = b.pick(64)
+    y = _norm(b, x)
+    if b.draw.random() < 0.7:
+        scale = _modulation(b, x)
+        if b.draw.random() < 0.7:
+            scale = b.call(operator.add, *b.draw.choice(((1, scale), (scale, 1.0))))
+        y = b.call(operator.mul, y, scale)
+    if b.draw.random() < 0.7:
+        y = b.call(operator.add, y, _modulation(b, x))
+    if b.draw.random() < 0.2:
+        b.keep(y)
+    for _ in range(b.draw.randint(1, 3)):
+        b.keep(b.linear(y, 64))
+
+
+def _step_cat(b: _Builder) -> None:
+    first, second = b.pick(), b.pick()
+    if b.value(first).shape[:-1] != b.value(second).shape[:-1]:
+        return
+    if b.draw.random() < 0.7:
+        function, kwargs = b.draw.choice(ACTIVATIONS)
+        second = b.call(function, second, **kwargs)
+    x = b.call(torch.cat, [first, second], dim=b.draw.choice((-1, b.value(first).dim() - 1)))
+    b.keep(b.linear(x, 64))
+
+
+def _step_residual(b: _Builder) -> None:
+    x = b.pick(64)
+    y = b.linear(x, 64)
+    if b.draw.random() < 0.6:
+        gate = _modulation(b, x)
+        if b.draw.random() < 0.2:
+            b.keep(b.call(torch.addcmul, x, gate, y))
+            return
+        y = b.call(operator.mul, *b.draw.choice(((gate, y), (y, gate))))
+    other = b.pick(64)
+    other = other if b.value(other).shape == b.value(y).shape else x
+    b.keep(b.call(b.draw.choice((operator.add, operator.iadd)), *b.draw.choice(((y, other), (other, y)))))
+
+
+def _step_lora(b: _Builder) -> None:
+    x = b.pick(64)
+    n = b.draw.choice((64, 128))
+    y = b.linear(x, n)
+    for _ in range(b.draw.randint(1, 2)):
+        rank = b.draw.choice((4, 16))
+        t = b.call(torch._C._nn.linear, x, b.parameter(rank, 64))
+        branch = b.call(torch._C._nn.linear, t, b.parameter(n, rank))
+        scale = b.draw.choice((0.5, 1, None))
+        scale = b.input(b.random(1).squeeze(0)) if scale is None else scale
+        branch = b.call(operator.mul, branch, scale)
+        y = b.call(operator.add, y, branch)
+    b.keep(y)
+
+
+def _step_view(b: _Builder) -> None:
+    x = b.pick()
+    value = b.value(x)
+    way = b.draw.randint(0, 5)
+    if way == 0:
+        b.keep(b.call("reshape", x, -1, value.shape[-1]) if value.numel() else x)
+    elif way == 1:
+        b.keep(b.call("unsqueeze", x, 0))
+    elif way == 2 and value.dim() > 2:
+        b.keep(b.call("flatten", x, 0, 1))
+    elif way == 3:
+        b.keep(b.call("contiguous", x))
+    elif way == 4 and value.dim() > 2:
+        b.keep(b.call("transpose", x, 0, 1))
+    elif value.shape[0] > 1:
+        b.keep(b.call(operator.getitem, x, slice(0, 1)))
+
+
+def _step_inplace(b: _Builder) -> None:
+    x = b.pick()
+    way = b.draw.randint(0, 5)
+    if way == 0:
+        b.call("add_", x, 1)
+    elif way == 1:
+        b.call("mul_", x, 0.5)
+    elif way == 2:
+        b.keep(b.call(operator.iadd, x, 0.25))
+    elif way == 3:
+        b.keep(b.call(F.relu, x, inplace=True))
+    elif way == 4:
+        b.call(operator.setitem, x, (Ellipsis, slice(0, 2)), 0.0)
+    else:
+        b.call("copy_", x, b.call(torch.neg, x))
+
+
+def _step_narrow(b: _Builder) -> None:
+    """A stretch in fp32, as fp32 islands in half-precision models."""
+    x = b.call("float", b.pick(64))
+    b.exact = False
+    weight = b.input(b.random(64, 64).float())
+    y = b.call(torch._C._nn.linear, x, weight)
+    name = f"layer_{len(b.names)}"
+    b.names.append(name)
+    y.meta["layer"] = _Layer(name, {"x": x, "weight": weight})
+    y.meta["nn_module_stack"] = {name: (name, nn.Linear)}
+    b.keep(b.call("to", b.call(F.silu, y) if b.draw.random() < 0.5 else y, torch.float64))
+
+
+def _step_wide(b: _Builder) -> None:
+    """Casts that change nothing."""
+    x = b.pick()
+    b.keep(
+        b.call(b.draw.choice(("double", "contiguous")), x)
+        if b.draw.random() < 0.5
+        else b.call("type_as", x, x)
+    )
+
+
+_STEPS: tuple[Callable[[_Builder], None], ...] = (
+    *(
+        _step_linear,
+        _step_shared,
+        _step_activation,
+        _step_mlp,
+        _step_mlp,
+        _step_gated,
+        _step_norm,
+        _step_norm,
+    ),
+    *(
+        _step_cat,
+        _step_residual,
+        _step_residual,
+        _step_lora,
+        _step_view,
+        _step_inplace,
+        _step_wide,
+        _step_narrow,
+    ),
+)
