@@ -11,18 +11,30 @@ if TYPE_CHECKING:
     from .backend import rewrite, rt_lynx
     from .explanation import explain
     from .layers import LynxLinear, attach, detach
+    from .regional import compile_blocks
 
 # public name → module; imported on first use, so that the command line starts without torch
 _LAZY = {
     "LynxLinear": "layers",
     "attach": "layers",
+    "compile_blocks": "regional",
     "detach": "layers",
     "explain": "explanation",
     "rewrite": "backend",
     "rt_lynx": "backend",
 }
 
-__all__ = ["LynxLinear", "attach", "clear_report", "detach", "explain", "report", "rewrite", "rt_lynx"]
+__all__ = [
+    "LynxLinear",
+    "attach",
+    "clear_report",
+    "compile_blocks",
+    "detach",
+    "explain",
+    "report",
+    "rewrite",
+    "rt_lynx",
+]
 
 
 def __getattr__(name: str) -> Any:

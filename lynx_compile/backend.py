@@ -69,6 +69,7 @@ def rewrite(
         for linear, decision in zip(linears, decisions, strict=True):
             linear.min_tokens = decision.min_tokens
         if chosen:
+            chosen = passes.split_rows(graph, chosen)
             passes.sparsify_linears(graph, chosen, settings.compensation)
             for fuse in passes.FUSIONS:
                 fuse(graph)

@@ -110,17 +110,17 @@ def _decide(linear: Linear, options: Options, readers: int, tokens_first: bool) 
 
 
 def _wish(linear: Linear, options: Options) -> Decision | None:
-    if glob := _matching(linear.name, options.skip):
+    if glob := first_match(linear.name, options.skip):
         return Decision(False, f"skip={glob!r}")
     if options.only:
-        glob = _matching(linear.name, options.only)
+        glob = first_match(linear.name, options.only)
         return Decision(True, f"only={glob!r}") if glob else Decision(False, "matches no glob of only")
     if linear.wish is not None:
         return Decision(linear.wish == "sparse", "decided for this layer (profile or compile_blocks)")
     return None
 
 
-def _matching(name: str, globs: Sequence[str]) -> str | None:
+def first_match(name: str, globs: Sequence[str]) -> str | None:
     """The first glob that matches a layer's name, or its last parts."""
     return next((g for g in globs if fnmatchcase(name, g) or fnmatchcase(name, f"*.{g}")), None)
 

@@ -14,6 +14,7 @@ from .lora import join_lora
 from .norm import fold_norms, match_norm
 from .normalize import normalize
 from .producer import Producer, recognise
+from .rows import split_rows
 
 # What runs once the chosen layers are sparse, in the best order; any other is as correct.
 FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
@@ -42,4 +43,5 @@ __all__ = [
     "normalize",
     "producer_of",
     "sparsify_linears",
+    "split_rows",
 ]

@@ -37,6 +37,7 @@ class Linear:
     wish: the decision attached to the layer ("sparse", "dense" or None).
     obstacle: why it cannot be sparse whatever is wished, None if it can.
     min_tokens: with fewer it runs dense, which for a symbolic M is decided at run time.
+    dense_tokens: leading tokens of each sample that stay dense (`rows` splits them off).
     """
 
     node: fx.Node
@@ -57,6 +58,7 @@ class Linear:
     score: fx.Node | None = None
     folded_bias: fx.Node | None = None
     min_tokens: int = 0
+    dense_tokens: int = 0
 
 
 def find_linears(graph: fx.Graph) -> list[Linear]:
@@ -84,6 +86,7 @@ def match_linear(node: fx.Node) -> Linear | None:
         x, weight, bias, down, up, shift, score, folded, wish = node.args[:9]
         data = {"down": down, "up": up, "shift": shift, "score": score, "folded_bias": folded}
         data["wish"] = wish or None
+        data["dense_tokens"] = node.args[9] if len(node.args) > 9 else 0
     else:
         return _match_disguised(node)
     x_value, w_value, out = tensor(x), tensor(weight), tensor(node)

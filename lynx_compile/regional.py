@@ -1,0 +1,106 @@
+"""Regional compilation: the repeated blocks of a model, one compile for each distinct pattern of decisions.
+
+    lynx_compile.compile_blocks(transformer, skip=["transformer_blocks.0.*"], fullgraph=True)
+
+`model.compile_repeated_blocks(backend="rt_lynx")` works too, with two limits that this call has not: all
+blocks of a class share one code object, so Dynamo stops after eight patterns and leaves further blocks eager;
+and blocks do not know their names, so globs can only speak of names within a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import LynxLinear, attach
+from .options import Options
+from .passes.linear import normalize_name
+from .policy import first_match
+
+
+def compile_blocks(
+    model: nn.Module,
+    *,
+    blocks: Sequence[str] | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> int:
+    """Compile each repeated block of a model in place with the rt_lynx backend.
+
+    blocks: class names of the blocks; by default the model's `_repeated_blocks`. fullgraph, dynamic: as in
+    `torch.compile`. options: those of the backend; `skip` and `only` speak of full names here. Returns the
+    number of distinct patterns, each of which is compiled once, on its first call.
+    Raises ValueError when the model has no such blocks.
+    """
+    settings = Options.parse(options)
+    names = tuple(blocks or getattr(model, "_repeated_blocks", None) or ())
+    found = {name: module for name, module in model.named_modules() if type(module).__name__ in names}
+    if not found:
+        wanted = f"no block of class {', '.join(names)}" if names else "no `_repeated_blocks`"
+        raise ValueError(f"{type(model).__name__} has {wanted}; name the classes with blocks=[...]")
+    _decide_by_name(model, settings.skip, settings.only)
+    rest = {name: value for name, value in options.items() if name not in ("skip", "only")}
+    compiled: dict[Hashable, Any] = {}
+    for block in found.values():
+        key = pattern(block)
+        if key not in compiled:
+            compiled[key] = _compile_entry(rest, fullgraph, dynamic)
+        block._compiled_call_impl = functools.partial(compiled[key], block)
+    return len(compiled)
+
+
+def pattern(block: nn.Module) -> Hashable:
+    """What makes two blocks compile to different graphs: class, decisions, which data their layers carry."""
+    layers = tuple(
+        (
+            name,
+            module.lynx_decision,
+            module.lynx_dense_tokens,
+            module.lynx_switch is not None,
+            tuple(buffer is None for buffer in (module.lynx_down, module.lynx_shift, module.lynx_score)),
+        )
+        for name, module in block.named_modules()
+        if isinstance(module, LynxLinear)
+    )
+    return type(block), layers
+
+
+def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block._call_impl(*args, **kwargs)
+
+
+def _compile_entry(options: Mapping[str, Any], fullgraph: bool, dynamic: bool | None) -> Any:
+    """A compiled call with a code object of its own, so that its compile cache counts for one pattern."""
+    entry = types.FunctionType(_call.__code__.replace(), _call.__globals__, "block")
+    return torch.compile(
+        entry, backend="rt_lynx", fullgraph=fullgraph, dynamic=dynamic, options=dict(options)
+    )
+
+
+def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) -> None:
+    """Write what the globs say onto the layers, where regional compilation can see it."""
+    if not skip and not only:
+        return
+    for path, module in model.named_modules():
+        if type(module) not in (nn.Linear, LynxLinear):
+            continue
+        name = normalize_name(path)
+        if glob := first_match(name, skip):
+            _decide(module, "dense", f"skip={glob!r}")
+        elif only:
+            glob = first_match(name, only)
+            _decide(
+                module, "sparse" if glob else "dense", f"only={glob!r}" if glob else "matches no glob of only"
+            )
+
+
+def _decide(module: nn.Module, decision: str, reason: str) -> None:
+    if not isinstance(module, LynxLinear):
+        module = attach(module)
+    module.lynx_decision, module.lynx_reason = decision, reason
