@@ -210,11 +210,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
     usual = _empty_strided is None or torch._C._cuda_getDevice() != device
     if usual or torch.are_deterministic_algorithms_enabled():  # which may ask for poisoned memory
         return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
-    strides, stride = [], 1
+    stride = 1
+    strides: tuple[int, ...] = ()
     for size in reversed(shape):
-        strides.append(stride)
+        strides = (stride, *strides)
         stride *= size
-    return _empty_strided(shape, strides[::-1], dtype)
+    return _empty_strided(shape, strides, dtype)
 
 
 def _parameter_struct(parameters: str) -> tuple[struct.Struct, list[int]]:
