@@ -8,6 +8,7 @@ that a model uses; sizes, strides and the split of K over a cluster are argument
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from . import layout, semantics
-from .launch import Kernel, multiprocessors
+from .launch import Kernel, empty, multiprocessors
 
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
 PARAMETERS = "P" * 13 + "q" * 6 + "i" * 8 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify.cu
 ALIGNMENT = 16  # bytes of one copy
-MAX_RANK = 256  # of one launch; wider LoRA branches take several
+MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
+OUTPUTS_AT = 9 * 8  # where the pointers to values, metadata, scale and t are among the parameters
+MAX_CALLS = 4096  # checked calls that are remembered
 MAX_CLUSTER = 8  # the largest size every chip with clusters has
 
 # Macro values of csrc/producers.cuh and csrc/activations.cuh.
@@ -32,6 +35,10 @@ _ABSENT, _ELEMENT, _FLOAT = 0, 1, 2
 
 _SLOT_BYTES = 16 * 128  # one warp's chunk of one input in shared memory
 _RESERVED_BYTES = 1024  # of shared memory a block, by the system
+
+
+_OUTPUTS = struct.Struct("=4Q")
+_calls: dict[tuple[object, ...], Call] = {}
 
 
 class Variant(NamedTuple):
@@ -55,6 +62,29 @@ class Geometry(NamedTuple):
     stages: int
     min_blocks: int
     splits: int
+
+
+class Launch(NamedTuple):
+    """One launch of a checked call. head, tail: its parameters around the output pointers.
+
+    t_offset: bytes from the first column of t to the first this launch writes.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    head: bytes
+    tail: bytes
+    t_offset: int
+
+
+class Call(NamedTuple):
+    """A checked call: sizes and launches. copies: of operands in layouts the kernel does not take."""
+
+    m: int
+    k: int
+    rank: int
+    launches: tuple[Launch, ...]
+    copies: tuple[Tensor, ...]
 
 
 class Plan(NamedTuple):
@@ -82,7 +112,50 @@ def sparsify(
     other layouts are copied. Vectors (weight, bias, mult, add, shift, score) are of the same dtype or fp32.
     lora_down: (R, K), R a multiple of 16. Raises TypeError for a dtype or device and ValueError for a shape
     or an alignment the kernel does not take.
+
+    A call is checked and its parameters are packed once: the same operands at the same addresses need no more
+    than the outputs and the launch.
     """
+    operands = (*inputs, shift, score, lora_down)
+    key = (producer, eps, mult_offset, compensation, *[None if o is None else _identity(o) for o in operands])
+    call = _calls.get(key)
+    if call is None:
+        call = _prepare(producer, inputs, eps, mult_offset, shift, score, lora_down, compensation)
+        if not call.copies:
+            if len(_calls) >= MAX_CALLS:
+                _calls.clear()
+            _calls[key] = call
+    first = inputs[0]
+    assert first is not None
+    device, dtype, (m, k, rank, launches, _) = first.get_device(), first.dtype, call
+    values = empty((m, k // 2), dtype, device)
+    metadata = empty(layout.metadata_shape(m, k), torch.int32, device)
+    scale = empty((m,), torch.float32, device)
+    t = empty((m, rank), dtype, device)
+    outputs = values.data_ptr(), metadata.data_ptr(), scale.data_ptr()
+    for launch in launches:
+        pointers = _OUTPUTS.pack(*outputs, t.data_ptr() + launch.t_offset)
+        launch.kernel.launch(device, launch.grid, launch.head + pointers + launch.tail)
+        outputs = 0, 0, 0  # the first launch writes them
+    return values, metadata, scale, t
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """What a call's parameters depend on."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def _prepare(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    eps: float,
+    mult_offset: float,
+    shift: Tensor | None,
+    score: Tensor | None,
+    lora_down: Tensor | None,
+    compensation: str,
+) -> Call:
+    """Check the operands of `sparsify` and pack the parameters of its launches."""
     x = inputs[0]
     if x is None or producer not in semantics.PRODUCERS:
         raise ValueError(f"unknown producer {producer!r}; one of {', '.join(semantics.PRODUCERS)}")
@@ -91,13 +164,14 @@ def sparsify(
         raise TypeError(
             f"the sparsify kernel takes bfloat16 or float16 CUDA tensors, got {dtype} on {device}"
         )
-    x, x_stride = _rows(x, "the input", dtype, device)
+    copies: list[Tensor] = []
+    x, x_stride = _rows(x, "the input", dtype, device, copies)
     m, k = x.numel() // max(x.shape[-1], 1), x.shape[-1]
     first_columns, second, second_stride = k, None, 0
     vectors: list[Tensor | None] = [None] * 4
     if producer.endswith("_mul") or producer.startswith("cat"):
         assert inputs[1] is not None
-        second, second_stride = _rows(inputs[1], "the second input", dtype, device)
+        second, second_stride = _rows(inputs[1], "the second input", dtype, device, copies)
         columns = second.shape[-1]
         if producer.startswith("cat"):
             k += columns
@@ -122,7 +196,7 @@ def sparsify(
             storage.append(_ABSENT)
             pointers.append(0)
         elif 2 <= i < 4:  # mult and add: a row a sample
-            vector, stride = _rows(vector, name.lower(), None, device)
+            vector, stride = _rows(vector, name.lower(), None, device, copies)
             samples = vector.numel() // k
             if samples * k != vector.numel() or not samples or m % samples or vector.shape[-1] != k:
                 raise ValueError(
@@ -142,7 +216,7 @@ def sparsify(
             pointers.append(_aligned(vector, name.lower()))
     rank = lora_stride = 0
     if lora_down is not None and lora_down.shape[0]:
-        lora_down, lora_stride = _rows(lora_down, "lora_down", dtype, device)
+        lora_down, lora_stride = _rows(lora_down, "lora_down", dtype, device, copies)
         rank = lora_down.shape[0]
         if lora_down.dim() != 2 or lora_down.shape[1] != k or rank % 16:
             raise ValueError(
@@ -150,50 +224,44 @@ def sparsify(
                 "pad it with zeros"
             )
 
-    values = x.new_empty(m, k // 2)
-    metadata = x.new_empty(layout.metadata_shape(m, k), dtype=torch.int32)
-    scale = x.new_empty(m, dtype=torch.float32)
-    t = x.new_empty(m, rank)
-    if m:
-        outputs = [values.data_ptr(), metadata.data_ptr(), scale.data_ptr()]
-        for begin in range(0, max(rank, 1), MAX_RANK):
-            part = min(rank - begin, MAX_RANK)
-            variant = Variant(dtype, producer, padded_rank(part), tuple(storage))
-            p = plan(device.index, variant, m, k)
-            p.kernel(
-                device.index,
-                p.grid,
-                x.data_ptr(),
-                second.data_ptr() if second is not None else 0,
-                *pointers,
-                lora_down.data_ptr() + begin * lora_stride if part and lora_down is not None else 0,
-                *(outputs if begin == 0 else (0, 0, 0)),
-                t.data_ptr() + begin * t.element_size(),
-                x_stride,
-                second_stride,
-                per_sample[0][0],
-                per_sample[1][0],
-                lora_stride,
-                rank * t.element_size(),
-                m,
-                k,
-                first_columns,
-                per_sample[0][1],
-                per_sample[1][1],
-                part,
-                p.held_rounds,
-                compensation == "native",
-                eps,
-                mult_offset,
-                semantics.NORM_EPS,
-                0,  # padding
-            )
-    return values, metadata, scale, t
+    launches = []
+    for begin in range(0, max(rank, 1) if m else 0, MAX_RANK):
+        part = min(rank - begin, MAX_RANK)
+        variant = Variant(dtype, producer, padded_rank(part), tuple(storage))
+        p = plan(device.index, variant, m, k)
+        packed = p.kernel.pack(
+            x.data_ptr(),
+            second.data_ptr() if second is not None else 0,
+            *pointers,
+            lora_down.data_ptr() + begin * lora_stride if part and lora_down is not None else 0,
+            *(0, 0, 0, 0),  # outputs
+            x_stride,
+            second_stride,
+            per_sample[0][0],
+            per_sample[1][0],
+            lora_stride,
+            rank * dtype.itemsize,
+            m,
+            k,
+            first_columns,
+            per_sample[0][1],
+            per_sample[1][1],
+            part,
+            p.held_rounds,
+            compensation == "native",
+            eps,
+            mult_offset,
+            semantics.NORM_EPS,
+            0,  # padding
+        )
+        end = OUTPUTS_AT + _OUTPUTS.size
+        launches.append(Launch(p.kernel, p.grid, packed[:OUTPUTS_AT], packed[end:], begin * dtype.itemsize))
+    return Call(m, k, rank, tuple(launches), tuple(copies))
 
 
 def padded_rank(rank: int) -> int:
     """The rank a kernel is compiled for: coarser steps for wider branches keep the variants few."""
-    step = 16 if rank <= 64 else 32 if rank <= 128 else 64
+    step = 16 if rank <= 64 else 32
     return _ceil_div(rank, step) * step
 
 
@@ -212,14 +280,15 @@ def choose(variant: Variant, m: int, k: int, sms: int, clusters: bool, smem: int
     Without LoRA a block takes few rows, so that all multiprocessors have work; with LoRA more, because each
     block reads the weight of its columns once. `splits` makes up for what rows alone cannot fill.
     """
-    if variant.producer.endswith("_norm") and variant.rank == 0:
+    large = smem >= 160 * 1024
+    if variant.rank == 0 and (variant.producer.endswith("_norm") or not large):
         row_warps, column_warps, blocks = 1, 8, 2
     elif variant.rank == 0:
         row_warps, column_warps, blocks = 1, 16, 1
     elif variant.rank <= 64:
         row_warps, column_warps, blocks = 4, 2, 2
     else:
-        row_warps, column_warps, blocks = 8, 1, 1
+        row_warps, column_warps, blocks = 8 if large else 4, 1, 1
     tiles = _row_tiles(m, row_warps)
     splits = 1
     while (
@@ -310,8 +379,10 @@ def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def _rows(tensor: Tensor, name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[Tensor, int]:
-    """The tensor and the bytes between its rows; a copy where that is no constant."""
+def _rows(
+    tensor: Tensor, name: str, dtype: torch.dtype | None, device: torch.device, copies: list[Tensor]
+) -> tuple[Tensor, int]:
+    """The tensor and the bytes between its rows; a copy, added to `copies`, where that is no constant."""
     if tensor.device != device or (dtype is not None and tensor.dtype != dtype):
         raise TypeError(
             f"{name} must be {dtype or 'a tensor'} on {device}, got {tensor.dtype} on {tensor.device}"
@@ -323,6 +394,7 @@ def _rows(tensor: Tensor, name: str, dtype: torch.dtype | None, device: torch.de
         found = _row_stride(tensor.shape, tensor.stride())
         if found is None or found * size % ALIGNMENT:
             tensor, found = tensor.contiguous(), tensor.shape[-1]
+            copies.append(tensor)
         stride = found
     _aligned(tensor, name)
     return tensor, stride * size
