@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from . import passes, policy
 from .options import Options
@@ -45,11 +47,16 @@ def rt_lynx(
 
 
 def rewrite(
-    gm: fx.GraphModule, options: Options | Mapping[str, Any] | None = None, *, recorded: bool = True
+    gm: fx.GraphModule,
+    options: Options | Mapping[str, Any] | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    recorded: bool = True,
 ) -> GraphReport:
     """Rewrite a graph in place: normalise → match → decide → rewrite. Returns what was decided.
 
-    recorded: whether it also joins `lynx_compile.report()`.
+    Graphs of Dynamo and `torch.export` (`exported.module()`) know their shapes; example_inputs tell
+    those of a symbolically traced one. recorded: whether the decisions also join `lynx_compile.report()`.
 
     The graph is left exactly as it was when nothing in it becomes sparse, when gradients are on, and when a
     pass fails (with `strict=True`, that error is raised instead).
@@ -57,14 +64,14 @@ def rewrite(
     settings = options if isinstance(options, Options) else Options.parse(options)
     linears: list[Linear] = []
     try:
+        if example_inputs is not None:
+            FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example_inputs)
         graph = _copy(gm)  # a pass that fails half-way leaves the original alone
         passes.normalize(graph)
         linears = passes.find_linears(graph)
         note = _reason_to_leave(gm)
         decisions = policy.decide(linears, settings) if note is None else _all_dense(linears, note)
-        report = GraphReport(
-            tuple(map(_row, linears, decisions)), note
-        )  # patterns are told before the rewrite
+        report = GraphReport(tuple(map(_row, linears, decisions)), note)
         chosen = [linear for linear, decision in zip(linears, decisions, strict=True) if decision.sparse]
         for linear, decision in zip(linears, decisions, strict=True):
             linear.min_tokens = decision.min_tokens

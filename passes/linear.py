@@ -210,10 +210,9 @@ def _obstacle(linear: Linear, x: Tensor, weight: Tensor, out: Tensor) -> str | N
             return f"the {role} has layout {example.layout}"
         if example.dtype not in _DTYPES:
             return f"the {role} is {example.dtype}"
-    if out.dtype not in _DTYPES or (out.dtype != x.dtype and out.dtype.itemsize != 2):
-        return f"the output is {out.dtype} for an input of {x.dtype}"
-    if out.dtype == x.dtype != weight.dtype:
-        return f"the weight is {weight.dtype} and the input {x.dtype}"
+    autocast = out.dtype in (torch.bfloat16, torch.float16)  # nothing else makes the dtypes differ
+    if not autocast and not out.dtype == x.dtype == weight.dtype:
+        return f"the weight is {weight.dtype}, the input {x.dtype} and the output {out.dtype}"
     if weight.device != x.device:
         return f"the weight is on {weight.device} and the input on {x.device}"
     if not linear.k or linear.k % layout.BLOCK_COLUMNS:
