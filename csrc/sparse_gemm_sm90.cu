@@ -1,0 +1,370 @@
+// y = [residual +] [gate ·] act(s · (z̃ · Wᵀ) + t · Bᵀ + b), z̃ compressed 2:4, on Hopper's sparse tensor cores.
+//
+// One producer warp fills a ring of shared-memory slots through the copy engine; the consumer warpgroups each
+// multiply their rows of the tile with the whole width of it. Three kinds of step use the same ring, in order:
+//
+//     sparse     64 columns of K: compressed values, metadata, weight     wgmma.sp, k = 32, twice
+//     LoRA       32 columns of the rank: t, B                             wgmma, k = 16, twice
+//     residual   64 columns of the output, 64 rows a warpgroup            added in the epilogue
+//
+// so the epilogue of a tile overlaps the loads of the next one, and the accumulators never leave registers.
+// Blocks of a cluster share the tiles they have in common by multicast.
+//
+// Macros (runtime/gemm_sm90.py): BF16, CONSUMERS, BLOCKS, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, ACTIVATION,
+// HAS_TAIL.
+
+#include "epilogue.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+using ptx::u32;
+using ptx::u64;
+
+constexpr bool kBf16 = BF16;
+constexpr int kConsumers = CONSUMERS;  // warpgroups that multiply
+constexpr int kBlocks = BLOCKS;        // 64-row blocks of each of them
+constexpr int kTileM = 64 * kBlocks * kConsumers;
+constexpr int kTileN = TILE_N;
+constexpr int kStages = STAGES;
+constexpr int kClusterM = CLUSTER_M;
+constexpr int kClusterN = CLUSTER_N;
+constexpr int kCluster = kClusterM * kClusterN;
+
+constexpr int kStepK = 64;     // dense columns of a sparse step: 128 bytes of a weight row, 64 of a value row
+constexpr int kLoraStep = 32;  // rank of a LoRA step: 64 bytes of a row of t and of B
+constexpr int kWords = 128;    // metadata words of a 64 × 64 block
+
+constexpr int kWeightBytes = kTileN * 128;
+constexpr int kValueBytes = kTileM * 64;
+constexpr int kMetadataBytes = kTileM / 64 * kWords * 4;
+constexpr int kSlotBytes = (kWeightBytes + kValueBytes + kMetadataBytes + 1023) / 1024 * 1024;
+constexpr int kResidualBytes = 64 * 64 * 2;  // of one warpgroup
+constexpr int kBiasBytes = 2 * kConsumers * kTileN * 4;
+constexpr int kSharedBytes = kStages * kSlotBytes + kBiasBytes + 2 * kStages * 8;
+
+constexpr int kThreads = 128 * (kConsumers + 1);
+constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 56;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;
+
+static_assert(kConsumers * kResidualBytes <= kWeightBytes + kValueBytes, "a residual step must fit into a slot");
+static_assert(kSharedBytes <= 227 * 1024, "the ring must fit into shared memory: fewer stages or a smaller tile");
+static_assert(kTileM % (64 * kClusterN) == 0 && kTileN % (8 * kClusterM) == 0, "each block loads whole swizzle atoms");
+static_assert(!HAS_TAIL || kTileN % 64 == 0, "a residual step is 64 columns wide");
+static_assert(kTileM <= 256 && kTileN <= 256, "a box of the copy engine has at most 256 rows");
+
+struct Params {
+    ptx::TensorMap values;    // (M, K/2), box 32 × kTileM / kClusterN, swizzle 64 B
+    ptx::TensorMap weight;    // (N, K), box 64 × kTileN / kClusterM, swizzle 128 B
+    ptx::TensorMap t;         // (M, R), box 32 × kTileM / kClusterN, swizzle 64 B
+    ptx::TensorMap lora_up;   // (N, R), box 32 × kTileN / kClusterM, swizzle 64 B
+    ptx::TensorMap residual;  // (M, N), box 64 × 64, swizzle 128 B
+    const u32* metadata;      // (⌈M/64⌉, K/64, 128)
+    const float* scale;       // (M)
+    const unsigned short* bias;  // (N) or null
+    const unsigned short* gate;  // (samples, N) or null
+    unsigned short* y;           // (M, N)
+    int m, n, k_steps, lora_steps;
+    int rows_per_sample;  // M / samples
+    int raster;           // cluster rows that are walked together before the next columns
+    int has_residual;
+};
+
+// ---- which tile, which slot --------------------------------------------------------------------------------
+
+// Tiles in clusters: column by column within a group of `raster` rows, so that the tiles in flight at one time
+// share few rows of X and few of W. It keeps one number and recomputes the rest: registers are scarce.
+struct Schedule {
+    int next = blockIdx.x / kCluster;
+
+    // The first row and column of this block's next tile; false when there is none.
+    __device__ __forceinline__ bool advance(const Params& p, int rank, int& row, int& column) {
+        const int rows = (p.m + kTileM * kClusterM - 1) / (kTileM * kClusterM);
+        const int columns = (p.n + kTileN * kClusterN - 1) / (kTileN * kClusterN);
+        if (next >= rows * columns) return false;
+        const int group = next / (p.raster * columns), rest = next - group * p.raster * columns;
+        const int height = min(p.raster, rows - group * p.raster);
+        const int cluster_column = rest / height, cluster_row = group * p.raster + rest - cluster_column * height;
+        row = (cluster_row * kClusterM + rank % kClusterM) * kTileM;
+        column = (cluster_column * kClusterN + rank / kClusterM) * kTileN;
+        next += gridDim.x / kCluster;
+        return true;
+    }
+};
+
+struct Ring {
+    u32 slots, full, empty;  // shared-memory addresses
+    int stage = 0;
+    u32 phase = 0;
+
+    __device__ Ring(u32 slots, u32 barriers) : slots(slots), full(barriers), empty(barriers + 8 * kStages) {}
+    __device__ u32 slot() const { return slots + stage * kSlotBytes; }
+    __device__ u32 full_barrier() const { return full + 8 * stage; }
+    __device__ u32 empty_barrier() const { return empty + 8 * stage; }
+    __device__ void advance() {
+        if (++stage == kStages) stage = 0, phase ^= 1;
+    }
+};
+
+// ---- producer ----------------------------------------------------------------------------------------------
+
+// Blocks of the cluster in the same row share rows of X, blocks in the same column rows of W.
+__device__ __forceinline__ unsigned short row_mates(int rank) {
+    unsigned short mask = 0;
+    for (int i = 0; i < kClusterN; ++i) mask |= 1 << (rank % kClusterM + i * kClusterM);
+    return mask;
+}
+
+__device__ __forceinline__ unsigned short column_mates(int rank) {
+    return ((1 << kClusterM) - 1) << (rank / kClusterM * kClusterM);
+}
+
+// Run by one warp. Lane 0 loads rows of W, lane 1 rows of X, each lane after them the metadata of one block.
+__device__ void produce(const Params& p, Ring ring, int rank, int lane) {
+    constexpr int kPartM = kTileM / kClusterN, kPartN = kTileN / kClusterM, kPartBlocks = kPartM / 64;
+    const int part_m = rank / kClusterM, part_n = rank % kClusterM;
+    const unsigned short along_n = row_mates(rank), along_m = column_mates(rank);
+    Schedule schedule;
+    int row, column;
+    while (schedule.advance(p, rank, row, column)) {
+        row += part_m * kPartM, column += part_n * kPartN;
+        // Rows past M are zeros; they take the metadata of the last block so that it is always valid.
+        const int block = min(row / 64 + lane - 2, (p.m - 1) / 64);
+        for (int k = 0; k < p.k_steps; ++k, ring.advance()) {
+            ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+            const u32 full = ring.full_barrier(), weight = ring.slot(), values = weight + kWeightBytes;
+            if (lane == 0) {
+                ptx::barrier_expect(full, kWeightBytes + kValueBytes + kMetadataBytes);
+                ptx::load_box<(kClusterM > 1)>(weight + part_n * kPartN * 128, &p.weight, full, k * kStepK, column,
+                                               along_m);
+            } else if (lane == 1) {
+                ptx::load_box<(kClusterN > 1)>(values + part_m * kPartM * 64, &p.values, full, k * kStepK / 2, row,
+                                               along_n);
+            } else if (lane < 2 + kPartBlocks) {
+                const u32 to = values + kValueBytes + (part_m * kPartBlocks + lane - 2) * kWords * 4;
+                ptx::load_bytes<(kClusterN > 1)>(to, p.metadata + (u64(block) * p.k_steps + k) * kWords, kWords * 4,
+                                                 full, along_n);
+            }
+        }
+        for (int r = 0; r < p.lora_steps; ++r, ring.advance()) {
+            ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+            const u32 full = ring.full_barrier(), up = ring.slot(), t = up + kWeightBytes;
+            if (lane == 0) {
+                ptx::barrier_expect(full, (kTileM + kTileN) * kLoraStep * 2);
+                ptx::load_box<(kClusterM > 1)>(up + part_n * kPartN * kLoraStep * 2, &p.lora_up, full, r * kLoraStep,
+                                               column, along_m);
+            } else if (lane == 1) {
+                ptx::load_box<(kClusterN > 1)>(t + part_m * kPartM * kLoraStep * 2, &p.t, full, r * kLoraStep, row,
+                                               along_n);
+            }
+        }
+        if (HAS_TAIL && p.has_residual) {
+            row -= part_m * kPartM, column -= part_n * kPartN;
+            for (int b = 0; b < kBlocks; ++b)
+                for (int c = 0; c < kTileN; c += 64, ring.advance()) {
+                    ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
+                    const u32 full = ring.full_barrier();
+                    if (lane == 0) ptx::barrier_expect(full, kConsumers * kResidualBytes);
+                    if (lane < kConsumers)
+                        ptx::load_box<false>(ring.slot() + lane * kResidualBytes, &p.residual, full, column + c,
+                                             row + (lane * kBlocks + b) * 64, 0);
+                }
+        }
+    }
+    ptx::let_successor_launch();
+}
+
+// ---- consumers ---------------------------------------------------------------------------------------------
+
+using Tile = wgmma::Tile<kTileN>;
+using Element = lynx::ElementOf<!kBf16>::Type;
+using Rows = epilogue::Rows<Element, ACTIVATION, HAS_TAIL>;
+
+template <int kSelector>
+__device__ __forceinline__ void multiply_sparse(float (&d)[Tile::kCount], u64 a, u64 b, u32 metadata, int accumulate) {
+    if constexpr (kBf16)
+        Tile::sparse_bf16<kSelector>(d, a, b, metadata, accumulate);
+    else
+        Tile::sparse_f16<kSelector>(d, a, b, metadata, accumulate);
+}
+
+__device__ __forceinline__ void multiply_dense(float (&d)[Tile::kCount], u64 a, u64 b) {
+    if constexpr (kBf16)
+        Tile::dense_bf16(d, a, b);
+    else
+        Tile::dense_f16(d, a, b);
+}
+
+struct Consumer {
+    const Params& p;
+    Ring ring;
+    int group, warp, lane;  // warpgroup among the consumers, warp in it, lane
+    int release_rank;       // block whose slots this lane releases; −1: none
+    u32 words;              // where this lane finds its metadata, relative to a slot
+    float acc[kBlocks][Tile::kCount];
+
+    // A warp is done with a slot: tell every block whose producer writes to it here.
+    __device__ __forceinline__ void release(int stage) {
+        const u32 barrier = ring.empty + 8 * stage;
+        if constexpr (kCluster == 1) {
+            if (lane == 0) ptx::barrier_arrive(barrier);
+        } else {
+            if (release_rank >= 0) ptx::barrier_arrive_remote(barrier, release_rank);
+        }
+    }
+
+    __device__ __forceinline__ void release_previous() { release(ring.stage == 0 ? kStages - 1 : ring.stage - 1); }
+
+    // Where the rows of X or t of this warpgroup start in a slot, in units of 16 bytes.
+    __device__ __forceinline__ u32 own_rows() const { return (kWeightBytes + group * kBlocks * 64 * 64) >> 4; }
+
+    // One sparse step. The step before it is still running; its slot is free once it is done. Metadata registers
+    // must not be written while a step reads them, so consecutive steps are different code with different ones.
+    __device__ __forceinline__ void sparse_step(int k) {
+        ptx::barrier_wait(ring.full_barrier(), ring.phase);
+        u32 metadata[kBlocks];
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) metadata[b] = ptx::load_shared(ring.slot() + words + b * kWords * 4);
+        const u32 w = wgmma::descriptor_start(ring.slot()), x = w + own_rows();
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
+                const u64 from_x = wgmma::descriptor<wgmma::Swizzle::k64>(x + b * 256 + step * 2);
+                const u64 from_w = wgmma::descriptor<wgmma::Swizzle::k128>(w + step * 4);
+                if (step == 0)
+                    multiply_sparse<0>(acc[b], from_x, from_w, metadata[b], k);
+                else
+                    multiply_sparse<1>(acc[b], from_x, from_w, metadata[b], 1);
+            }
+        wgmma::commit();
+        wgmma::wait<1>();
+        if (k > 0) release_previous();
+        ring.advance();
+    }
+
+    __device__ __forceinline__ void finish_steps() {
+        wgmma::wait<0>();
+        release_previous();
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) wgmma::settle(acc[b]);
+    }
+
+    __device__ __forceinline__ void lora_step(int r) {
+        ptx::barrier_wait(ring.full_barrier(), ring.phase);
+        const u32 up = wgmma::descriptor_start(ring.slot()), t = up + own_rows();
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+                multiply_dense(acc[b], wgmma::descriptor<wgmma::Swizzle::k64>(t + b * 256 + step * 2),
+                               wgmma::descriptor<wgmma::Swizzle::k64>(up + step * 2));
+        wgmma::commit();
+        wgmma::wait<1>();
+        if (r > 0) release_previous();
+        ring.advance();
+    }
+
+    __device__ __forceinline__ void store_tile(int first_row, int column, const float* bias) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const Rows rows(p.y, p.gate, p.m, p.n, p.rows_per_sample, first_row + b * 64 + warp * 16, column, lane);
+#pragma unroll
+            for (int c = 0; c < kTileN; c += 32) {
+                u32 residual = 0;
+                if (HAS_TAIL && p.has_residual) {
+                    if (c % 64 == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
+                    residual = ring.slot() + group * kResidualBytes + warp * 16 * 128;
+                }
+                rows.store(acc[b] + c / 2, c, bias + c, residual, c % 64 / 8);
+                if (HAS_TAIL && p.has_residual && c % 64 == 32) {
+                    release(ring.stage);
+                    ring.advance();
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run(int rank, float* bias_buffers) {
+        Schedule schedule;
+        int row, column;
+        for (int parity = 0; schedule.advance(p, rank, row, column); parity ^= 1) {
+            const int first_row = row + group * kBlocks * 64;
+            float scale[kBlocks][2];
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int at = first_row + b * 64 + warp * 16 + lane / 4 + 8 * i;
+                    scale[b][i] = at < p.m ? p.scale[at] : 0.0f;
+                }
+            float* bias = bias_buffers + (parity * kConsumers + group) * kTileN;
+            for (int i = warp * 32 + lane; i < kTileN; i += 128)
+                bias[i] = p.bias != nullptr && column + i < p.n ? Element::low(p.bias[column + i]) : 0.0f;
+
+            int k = 0;
+            for (; k + 2 <= p.k_steps; k += 2) {
+                sparse_step(k);
+                sparse_step(k + 1);
+            }
+            if (k < p.k_steps) sparse_step(k);
+            finish_steps();
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                for (int i = 0; i < Tile::kCount; ++i) acc[b][i] *= scale[b][i / 2 % 2];
+            if (p.lora_steps > 0) {
+                for (int r = 0; r < p.lora_steps; ++r) lora_step(r);
+                finish_steps();
+            }
+            ptx::named_sync(1 + group, 128);  // the bias is there; the buffer of the tile before is free
+            store_tile(first_row, column, bias);
+        }
+    }
+};
+
+// The blocks whose producers write into this block's slots: those in its row and in its column.
+__device__ __forceinline__ int mate(int rank, int lane) {
+    const int m = rank % kClusterM, n = rank / kClusterM;
+    if (lane < kClusterM) return n * kClusterM + lane;
+    if (lane < kClusterM + kClusterN - 1) return m + (n + 1 + lane - kClusterM) % kClusterN * kClusterM;
+    return -1;
+}
+
+extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+    sparse_gemm(const __grid_constant__ Params p) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    float* bias = reinterpret_cast<float*>(shared + kStages * kSlotBytes);
+    const u32 base = ptx::shared_address(shared);
+    Ring ring(base, base + kStages * kSlotBytes + kBiasBytes);
+    const int warp = ptx::uniform(threadIdx.x / 32), warpgroup = warp / 4, lane = threadIdx.x % 32;
+    const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; ++i) {
+            ptx::barrier_init(ring.full + 8 * i, 1);
+            ptx::barrier_init(ring.empty + 8 * i, 4 * kConsumers * (kClusterM + kClusterN - 1));
+        }
+        ptx::fence_barrier_init();
+        ptx::prefetch_map(&p.values);
+        ptx::prefetch_map(&p.weight);
+    }
+    if constexpr (kCluster > 1)
+        ptx::cluster_sync();
+    else
+        __syncthreads();
+    ptx::wait_for_predecessor();
+
+    if (warpgroup == kConsumers) {
+        ptx::shrink_registers<kProducerRegisters>();
+        if (warp == 4 * kConsumers) produce(p, ring, rank, lane);
+        __syncwarp();
+    } else {
+        ptx::grow_registers<kConsumerRegisters>();
+        const u32 words = kWeightBytes + kValueBytes + (warpgroup * kBlocks * kWords + threadIdx.x % 128) * 4;
+        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, lane), ptx::keep(words)}.run(rank, bias);
+    }
+    // A block may not leave while another one still writes to its memory or arrives on its barriers.
+    if constexpr (kCluster > 1) ptx::cluster_sync();
+}

@@ -1,0 +1,237 @@
+"""The Hopper GEMM against `semantics.sparse_linear` in fp64: shapes, tiles, epilogues, hostile data."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lynx_compile.runtime import build, gemm_sm90, layout, semantics
+
+pytestmark = pytest.mark.gpu
+
+few = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(few, max_examples=150)
+dtypes = st.sampled_from([torch.bfloat16, torch.float16])
+seeds = st.integers(0, 2**31)
+rows = st.one_of(
+    st.sampled_from([1, 2, 15, 63, 64, 65, 127, 128, 129, 192, 255, 256, 257, 511, 512, 513, 4608]),
+    st.integers(1, 3000),
+    st.integers(3000, 20000),
+)
+GUARD = 300  # poisoned rows in front of and behind y
+PAPER_SHAPES = [
+    *((mn, mn, k) for k in (3072, 12288) for mn in (2048, 4096, 8192)),
+    *((4096, n, 3072) for n in (3072, 9216, 12288)),
+    (4096, 3072, 12288),
+    (4608, 21504, 3072),
+    (4608, 3072, 15360),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """All variants at once and in parallel, instead of one by one on first use."""
+    build.prebuild(gemm_sm90.variants())
+
+
+def guarded_empty(buffers):
+    """An allocator of outputs in the middle of NaN, where an element not written and a write outside show."""
+
+    def empty(shape, dtype, device):
+        m, n = shape
+        buffers.append(torch.full((m + 2 * GUARD, n), torch.nan, dtype=dtype, device=f"cuda:{device}"))
+        return buffers[-1][GUARD : GUARD + m]
+
+    return empty
+
+
+class Case:
+    """Random operands of one call and its exact result."""
+
+    def __init__(self, m, n, k, dtype=torch.bfloat16, seed=0, rank=0, bias=True, activation="none", samples=0,
+                 residual=False):  # fmt: skip
+        self.generator = torch.Generator("cuda").manual_seed(seed)
+        self.m, self.n, self.k, self.dtype = m, n, k, dtype
+        x = self.normal(m, k)
+        self.pruned = torch.where(semantics.keep_mask(x.abs()), x, torch.zeros_like(x))
+        self.values, self.metadata = layout.pack(self.pruned, semantics.keep_mask(x.abs()))
+        self.scale = 0.5 + torch.rand(m, generator=self.generator, device="cuda")
+        self.t = self.normal(m, rank)
+        self.weight = self.normal(n, k, scale=k**-0.5)
+        self.options = {
+            "lora_up": self.normal(n, rank, scale=rank**-0.5) if rank else None,
+            "bias": self.normal(n) if bias else None,
+            "activation": activation,
+            "gate": self.normal(samples, n) if samples else None,
+            "residual": self.normal(m, n) if residual else None,
+        }
+
+    def normal(self, *shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=self.generator, device="cuda")).to(self.dtype)
+
+    def run(self, tile=None):
+        return gemm_sm90.sparse_gemm(
+            self.values, self.metadata, self.scale, self.t, self.weight, **self.options, tile=tile
+        )
+
+    def exact(self, magnitudes=False):
+        """The result in fp64; with `magnitudes` of the operands' absolute values, without the activation."""
+        change = (lambda x: None if x is None else x.double().abs()) if magnitudes else _double
+        options = {name: x if name == "activation" else change(x) for name, x in self.options.items()}
+        if magnitudes:
+            options["activation"] = "none"
+        operands = (self.pruned, self.scale, self.t, self.weight)
+        return semantics.sparse_linear(*map(change, operands), **options)
+
+    def check(self, y):
+        """One rounding to 16 bits of a result with fp32 accumulation error, element by element."""
+        exact = self.exact()
+        rounding = torch.finfo(self.dtype).eps / 2 * exact.abs() + torch.finfo(self.dtype).tiny
+        bound = 1.01 * rounding + 4e-6 * self.exact(magnitudes=True)
+        wrong = ~((y.double() - exact).abs() <= bound)
+        assert not wrong.any(), (
+            f"{int(wrong.sum())} of {wrong.numel()}, first at {wrong.nonzero()[0].tolist()}"
+        )
+
+
+def _double(x):
+    return None if x is None else x.double()
+
+
+@many
+@given(
+    m=rows,
+    n=st.integers(1, 60).map(lambda i: 16 * i),
+    k=st.integers(1, 24).map(lambda i: 64 * i),
+    rank=st.integers(0, 16).map(lambda i: 16 * i),
+    dtype=dtypes,
+    tile=st.sampled_from([None, *gemm_sm90.RATES]),
+    seed=seeds,
+)
+def test_any_shape_on_any_tile(m, n, k, rank, dtype, tile, seed):
+    case = Case(m, n, k, dtype, seed, rank)
+    case.check(case.run(tile))
+
+
+@many
+@given(
+    samples=st.sampled_from([0, 1, 2, 3, 7]),
+    rows_per_sample=st.one_of(st.sampled_from([1, 2, 64, 129]), st.integers(1, 900)),
+    n=st.integers(1, 40).map(lambda i: 16 * i),
+    activation=st.sampled_from(list(semantics.ACTIVATIONS)),
+    residual=st.booleans(),
+    bias=st.booleans(),
+    rank=st.sampled_from([0, 16, 64]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_any_epilogue(samples, rows_per_sample, n, activation, residual, bias, rank, dtype, seed):
+    m = max(samples, 1) * rows_per_sample
+    case = Case(m, n, 192, dtype, seed, rank, bias, activation, samples, residual)
+    case.check(case.run())
+
+
+@few
+@given(
+    m=rows,
+    n=st.sampled_from([16, 208, 784]),
+    tile=st.sampled_from(list(gemm_sm90.RATES)),
+    residual=st.booleans(),
+)
+def test_writes_all_of_y_and_nothing_else(m, n, tile, residual):
+    case = Case(m, n, 128, rank=32, residual=residual and not gemm_sm90._light(tile))
+    buffers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm_sm90, "empty", guarded_empty(buffers))
+        case.check(case.run(tile))
+    assert buffers[0][:GUARD].isnan().all()
+    assert buffers[0][-GUARD:].isnan().all()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), PAPER_SHAPES)
+def test_no_worse_than_cublas_on_the_pruned_matrix(m, n, k):
+    case = Case(m, n, k, bias=False)
+    case.scale.fill_(1.0)
+    exact = case.exact()
+    ours = (case.run().double() - exact).norm()
+    cublas = ((case.pruned @ case.weight.T).double() - exact).norm()
+    assert ours <= 1.001 * cublas
+
+
+@pytest.mark.parametrize("tile", list(gemm_sm90.RATES), ids=str)
+@pytest.mark.parametrize("shape", [(4608, 3072, 3072), (777, 1040, 1088)])
+def test_repeats_bit_for_bit(tile, shape):
+    case = Case(*shape, rank=64, activation="gelu_tanh")
+    first = case.run(tile)
+    case.check(first)
+    for _ in range(20):
+        assert torch.equal(case.run(tile), first)
+
+
+@few
+@given(
+    m=st.integers(2, 600), dtype=dtypes, value=st.sampled_from([torch.nan, torch.inf, -torch.inf]), seed=seeds
+)
+def test_a_non_finite_row_poisons_no_other(m, dtype, value, seed):
+    case = Case(m, 256, 512, dtype, seed, rank=32)
+    clean = case.run()
+    row = seed % m
+    case.values[row, seed % 256] = value
+    case.scale[row] = torch.nan
+    case.t[row] = value
+    y = case.run()
+    assert not y[row].isfinite().any()
+    others = torch.arange(m, device="cuda") != row
+    assert torch.equal(y[others], clean[others])
+
+
+def test_an_all_zero_row_is_exactly_the_bias():
+    case = Case(300, 512, 640)
+    case.values[7] = 0
+    case.scale[7] = 0
+    assert torch.equal(case.run()[7], case.options["bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_huge_and_tiny_values(dtype):
+    case = Case(256, 256, 256, dtype, rank=16)
+    case.pruned = case.pruned * 100.0
+    case.values *= 100.0
+    case.weight *= torch.finfo(dtype).tiny * 8
+    case.scale *= 1e3
+    case.check(case.run())
+
+
+def test_on_another_stream_and_in_a_cuda_graph():
+    case = Case(1000, 768, 512, rank=64)
+    expected = case.run()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = case.run()
+    stream.synchronize()
+    assert torch.equal(y, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = case.run()
+    y.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_waits_for_the_kernel_in_front():
+    """Launched early, it must not read operands before their producer is done with them."""
+    case = Case(4096, 3072, 3072, rank=64, residual=True, samples=2)
+    expected = case.run()
+    tensors = [case.values, case.metadata, case.scale, case.t, case.options["gate"], case.options["residual"]]
+    sources = [tensor.clone() for tensor in tensors]
+    for _ in range(10):
+        for tensor in tensors:
+            tensor.zero_()
+        torch.cuda._sleep(1_000_000)
+        for tensor, source in zip(tensors, sources, strict=True):
+            tensor.copy_(source)
+        assert torch.equal(case.run(), expected)
