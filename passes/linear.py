@@ -283,8 +283,8 @@ def layer_name(node: fx.Node, weight: Any) -> str:
 
 
 def _is_parameter(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op not in ("placeholder", "get_attr"):
-        return False
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return isinstance(node, fx.Node) and node.op == "get_attr"
     return isinstance(tensor(node), nn.Parameter) or "_parameters_" in str(node.target)
 
 

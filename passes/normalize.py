@@ -30,7 +30,18 @@ def normalize(graph: fx.Graph) -> int:
         count += bool(rewritten)
     if count:
         remove_dead(graph)
+    _attributes_first(graph)
     return count
+
+
+def _attributes_first(graph: fx.Graph) -> None:
+    """Parameters of a traced module stand, like Dynamo's, in front of everything that reads them."""
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    seen = False
+    for node in list(graph.nodes):
+        seen = seen or node is first
+        if seen and node.op == "get_attr":
+            first.prepend(node)
 
 
 def _inline_module(node: fx.Node) -> bool:
@@ -38,6 +49,9 @@ def _inline_module(node: fx.Node) -> bool:
     if node.op != "call_module" or node.graph.owning_module is None or len(node.args) != 1 or node.kwargs:
         return False
     module = node.graph.owning_module.get_submodule(str(node.target))
+    if type(module) is nn.Dropout and (not module.training or module.p == 0):
+        replace(node, node.args[0])  # type: ignore[arg-type]
+        return True
     call = _as_function(module)
     if call is None:
         return False
@@ -72,8 +86,6 @@ def _as_function(module: nn.Module) -> tuple[Any, tuple[Any, ...], dict[str, Any
         return F.layer_norm, (module.normalized_shape, "weight", "bias", module.eps), {}
     if type(module) is nn.RMSNorm:
         return F.rms_norm, (module.normalized_shape, "weight", module.eps), {}
-    if type(module) is nn.Dropout and (not module.training or module.p == 0):
-        return F.dropout, (module.p, False), {}
     return None
 
 

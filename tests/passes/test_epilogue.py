@@ -1,0 +1,75 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lynx_compile.passes.epilogue import fold_epilogues
+
+from .graphs import check_fusion, function
+
+G = torch.Generator().manual_seed(0)
+X, GATE = torch.randn(2, 5, 64, generator=G), torch.randn(2, 64, generator=G)
+FORMS = {
+    "activation": (lambda m, x, gate: F.gelu(m.a(x)), {"activation"}, 1),
+    "residual": (lambda m, x, gate: x + m.a(x), {"residual"}, 1),
+    "gate and residual": (lambda m, x, gate: x + gate[:, None] * m.a(x), {"gate", "residual"}, 2),
+    "addcmul": (lambda m, x, gate: torch.addcmul(x, m.a(x), gate.unsqueeze(1)), {"gate", "residual"}, 1),
+    "two rows a sample are flattened": (
+        lambda m, x, gate: x.flatten(0, 1) + m.a(x.flatten(0, 1)) * gate[0],
+        {"gate", "residual"},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form(form):
+    forward, arguments, count = FORMS[form]
+    module = function(forward, a=nn.Linear(64, 64))
+    after = {"sparse_linear": 1, "add": 0, "mul": 0, "gelu": 0, "addcmul": 0}
+    gm = check_fusion(module, [X, GATE], fold_epilogues, {"sparse_linear": 1}, after, count)
+    node = next(node for node in gm.graph.nodes if getattr(node.target, "_opname", "") == "sparse_linear")
+    assert arguments <= set(node.kwargs)
+
+
+def test_bias_added_behind_a_product():
+    def forward(m, x, bias):
+        return torch.matmul(x, m.a.weight.t()) + bias[0]
+
+    module = function(forward, a=nn.Linear(64, 64))
+    gm = check_fusion(module, [X, GATE], fold_epilogues, {"add": 1}, {"add": 0, "sparse_linear": 1})
+    node = next(node for node in gm.graph.nodes if getattr(node.target, "_opname", "") == "sparse_linear")
+    assert "bias" in node.kwargs
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x, gate: (lambda y: (y, y + x))(m.a(x)),  # the output is read elsewhere too
+        lambda m, x, gate: m.a(x[:1]) + x,  # broadcasts
+        lambda m, x, gate: x.float() * 2 + m.a(x).float(),  # narrower than the layer
+        lambda m, x, gate: (lambda y: y + y)(m.a(x)),
+        lambda m, x, gate: torch.add(x, m.a(x), alpha=2),
+    ],
+)
+def test_left_alone(forward):
+    unchanged = {"sparse_linear": 1, "add": 1}
+    check_fusion(
+        function(forward, a=nn.Linear(64, 64)), [X, GATE], fold_epilogues, unchanged, unchanged, count=0
+    )
+
+
+def test_not_moved_over_a_write_to_the_weight():
+    def forward(m, x, gate):
+        y = m.a(x)
+        m.a.weight.mul_(0.5)
+        return x + y
+
+    module = function(forward, a=nn.Linear(64, 64))
+    gm_inputs = [X, GATE]
+    unchanged = {"add": 1}
+    from .graphs import ops_of, sparsified
+
+    gm = sparsified(module.double().requires_grad_(False), *[x.double() for x in gm_inputs])
+    assert fold_epilogues(gm.graph) == 0
+    assert {op: ops_of(gm)[op] for op in unchanged} == unchanged
