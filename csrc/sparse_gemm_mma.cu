@@ -158,10 +158,10 @@ __device__ __forceinline__ void add_lora(float (&sums)[4][4][4], const Arguments
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int top = row + 16 * i + lane / 4;
-            const u32 a0 = load_pair(p.t, top, p.m, r, p.rank), a1 = load_pair(p.t, top + 8, p.m, r, p.rank);
-            const u32 a2 = load_pair(p.t, top, p.m, r + 8, p.rank), a3 = load_pair(p.t, top + 8, p.m, r + 8, p.rank);
+            const u32 a[4] = {load_pair(p.t, top, p.m, r, p.rank), load_pair(p.t, top + 8, p.m, r, p.rank),
+                              load_pair(p.t, top, p.m, r + 8, p.rank), load_pair(p.t, top + 8, p.m, r + 8, p.rank)};
 #pragma unroll
-            for (int j = 0; j < 4; ++j) Element::mma(sums[i][j], a0, a1, a2, a3, b[j][0], b[j][1]);
+            for (int j = 0; j < 4; ++j) Element::mma(sums[i][j], a, b[j][0], b[j][1]);
         }
     }
 }

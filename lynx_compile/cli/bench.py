@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+TABLE_WIDTH = 140  # columns; narrower terminals and pipes would cut the figures
+
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
@@ -48,6 +50,7 @@ def gemm(
     from ..results import device_name, write_results
 
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     chosen = {
         Shapes.all: measurements.PAPER_SHAPES + measurements.DIT_SHAPES,
         Shapes.paper: measurements.PAPER_SHAPES,

@@ -1,0 +1,133 @@
+"""Writes the figures of docs/results/*.json into the tables of README.md and docs/*.md.
+
+    python docs/tables.py            rewrite every marked block
+    python docs/tables.py --check    exit 1 when a block does not show what its file holds
+
+A block stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES below. A block whose
+result file is not there yet is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Result = Mapping[str, Any]
+
+
+def gemm(result: Result) -> list[str]:
+    """Every method on every shape."""
+    columns = {
+        "cublas_ms": "cuBLAS bf16",
+        "pytorch_spmm_ms": "PyTorch SpMM",
+        "cusparselt_ms": "cuSPARSELt (GEMM only)",
+        "fp8_rowwise_ms": "fp8 rowwise (GEMM only)",
+        "sparsify_ms": "sparsify",
+        "gemm_ms": "sparse GEMM",
+        "total_ms": "**total**",
+        "total_no_lora_ms": "total, no LoRA",
+    }
+    lines = _head(["M, N, K", *columns.values(), "speed-up"])
+    for row in result["rows"]:
+        cells = [_ms(row.get(key)) for key in columns]
+        lines.append(_line([f"{row['m']}, {row['n']}, {row['k']}", *cells, f"**{row['speedup']:.2f}×**"]))
+    return [*lines, "", _source(result, "ms; geometric mean {geomean_speedup:.2f}×")]
+
+
+def chains(result: Result) -> list[str]:
+    """A producer and the linear layer behind it."""
+    lines = _head(["chain", "M, N, K", "Inductor, ms", "fused, ms", "speed-up"])
+    for row in result["chains"]:
+        shape = f"{row['m']}, {row['n']}, {row['k']}"
+        times = [_ms(row["inductor_ms"]), _ms(row["total_ms"])]
+        lines.append(_line([row["chain"], shape, *times, f"**{row['speedup']:.2f}×**"]))
+    return [*lines, "", _source(result, "geometric mean {geomean_chain_speedup:.2f}×")]
+
+
+def rates(result: Result) -> list[str]:
+    """Where the kernels stand: dense-equivalent TFLOP/s and bytes a second."""
+    lines = _head(
+        ["M, N, K", "cuBLAS, TFLOP/s", "sparse GEMM, TFLOP/s", "with LoRA", "sparsify, TB/s", "with LoRA"]
+    )
+    for row in result["rows"]:
+        m, n, k = row["m"], row["n"], row["k"]
+        flops, floor = 2 * m * n * k, 2 * m * k + m * k + m * k / 8 + 4 * m  # X, values, metadata, scale
+        cells = [f"{flops / row[key] / 1e9:.0f}" for key in ("cublas_ms", "gemm_no_lora_ms", "gemm_ms")]
+        cells += [f"{floor / row[key] / 1e9:.2f}" for key in ("sparsify_no_lora_ms", "sparsify_ms")]
+        lines.append(_line([f"{m}, {n}, {k}", *cells]))
+    return [*lines, "", _source(result, "dense-equivalent FLOP: 2·M·N·K")]
+
+
+# block name → (result file, what writes it)
+TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
+    "gemm": ("gemm_h200.json", gemm),
+    "gemm-chains": ("gemm_h200.json", chains),
+    "gemm-rates": ("gemm_h200.json", rates),
+}
+
+
+def _head(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [_line(names), _line("---:" if i else "---" for i in range(len(names)))]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if value < 1 else f"{value:.3f}"
+
+
+def _source(result: Result, note: str) -> str:
+    load = f"{result['power_w']:.0f} W, {result['clock_mhz']:.0f} MHz" if result.get("power_w") else ""
+    parts = [
+        note.format(**result),
+        result["device"],
+        load,
+        f"`{result['command']}`",
+        f"at {result['commit']}",
+    ]
+    return f"*{'; '.join(part for part in parts if part)}.*"
+
+
+def rewritten(text: str) -> str:
+    """`text` with every block renewed. Raises KeyError for a block nobody writes."""
+
+    def renew(block: re.Match[str]) -> str:
+        file, write = TABLES[block["name"]]
+        if not (RESULTS / file).exists():
+            return block[0]
+        result = json.loads((RESULTS / file).read_text())
+        return block[1] + "\n" + "\n".join(write(result)) + "\n\n" + block[3]
+
+    return BLOCK.sub(renew, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite, or with --check compare; returns the exit code."""
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if not path.exists():
+            continue
+        text = path.read_text()
+        new = rewritten(text)
+        if new != text:
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in arguments:
+                path.write_text(new)
+    for path in stale:
+        print(f"{path}: {'out of date; run python docs/tables.py' if '--check' in arguments else 'renewed'}")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
