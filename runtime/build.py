@@ -20,8 +20,9 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ STANDARD = "c++17"
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 Defines = Mapping[str, "int | str"]
+
+_starting = threading.Lock()
+_under_way: dict[Unit, Future[bytes]] = {}
 
 
 class CompileError(RuntimeError):
@@ -86,13 +90,29 @@ def cubin(source: str, *, arch: str, defines: Defines | None = None) -> bytes:
 
     Raises CompileError when NVRTC is missing or refuses the source.
     """
-    return _cubin(unit(source, arch, defines))
+    return _started(unit(source, arch, defines)).result()
 
 
-def prebuild(units: Iterable[Unit]) -> None:
-    """Compile into the cache what it lacks, in parallel: NVRTC runs outside the interpreter lock."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(_cubin, units))
+def prebuild(units: Iterable[Unit]) -> list[Future[bytes]]:
+    """Start compiling what the cache lacks, in parallel: NVRTC runs outside the interpreter lock.
+
+    Returns at once; `cubin` waits for what is under way instead of compiling it again.
+    """
+    return [_started(what) for what in dict.fromkeys(units)]
+
+
+def _started(what: Unit) -> Future[bytes]:
+    with _starting:
+        future = _under_way.get(what)
+        if future is None:
+            future = _under_way[what] = _pool().submit(_cubin, what)
+            future.add_done_callback(lambda _: _under_way.pop(what, None))
+        return future
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="nvrtc")
 
 
 def _cubin(what: Unit) -> bytes:

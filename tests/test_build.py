@@ -158,10 +158,17 @@ def test_processes_and_threads_at_once(sources, tmp_path):
 
 
 def test_prebuild_fills_the_cache(sources, compilations):
-    build.prebuild(build.unit("fill.cu", "sm_90a", {"VALUE": i}) for i in range(3))
+    started = build.prebuild(build.unit("fill.cu", "sm_90a", {"VALUE": i}) for i in range(3))
+    assert [future.result()[:4] for future in started] == [b"\x7fELF"] * 3
     assert sorted(dict(what.defines)["VALUE"] for what in compilations) == [0, 1, 2]
     fill(2)
     assert len(compilations) == 3
+
+
+def test_a_call_waits_for_what_is_under_way(sources, compilations):
+    build.prebuild([build.unit("fill.cu", "sm_90a", {"VALUE": 1})] * 2)
+    assert fill(1)[:4] == b"\x7fELF"
+    assert len(compilations) == 1
 
 
 def test_errors_carry_the_log_and_the_command(sources):
