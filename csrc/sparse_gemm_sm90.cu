@@ -198,18 +198,14 @@ struct Consumer {
     const Params& p;
     Ring ring;
     int group, warp, lane;  // warpgroup among the consumers, warp in it, lane
-    int release_rank;       // block whose slots this lane releases; −1: none
+    int release_rank;       // block of the cluster that this thread releases slots to; −1: none
     u32 words;              // where this lane finds its metadata, relative to a slot
     float acc[kBlocks][Tile::kCount];
 
-    // A warp is done with a slot: tell every block whose producer writes to it here.
+    // The warpgroup is done with a slot: tell every block whose producer writes to it here. One warp speaks for
+    // all four, because a wgmma completes for the whole warpgroup.
     __device__ __forceinline__ void release(int stage) {
-        const u32 barrier = ring.empty + 8 * stage;
-        if constexpr (kCluster == 1) {
-            if (lane == 0) ptx::barrier_arrive(barrier);
-        } else {
-            if (release_rank >= 0) ptx::barrier_arrive_remote(barrier, release_rank);
-        }
+        if (release_rank >= 0) ptx::barrier_arrive_remote(ring.empty + 8 * stage, release_rank);
     }
 
     __device__ __forceinline__ void release_previous() { release(ring.stage == 0 ? kStages - 1 : ring.stage - 1); }
@@ -279,6 +275,7 @@ struct Consumer {
                 }
                 rows.store(acc[b] + c / 2, c, bias + c, residual, c % 64 / 8);
                 if (HAS_TAIL && p.has_residual && c % 64 == 32) {
+                    ptx::named_sync(1 + group, 128);  // all four warps have read it
                     release(ring.stage);
                     ring.advance();
                 }
@@ -324,11 +321,12 @@ struct Consumer {
     }
 };
 
-// The blocks whose producers write into this block's slots: those in its row and in its column.
-__device__ __forceinline__ int mate(int rank, int lane) {
+// The blocks whose producers write into this block's slots, one for each of a warpgroup's first threads: those in
+// its row and in its column of the cluster.
+__device__ __forceinline__ int mate(int rank, int thread) {
     const int m = rank % kClusterM, n = rank / kClusterM;
-    if (lane < kClusterM) return n * kClusterM + lane;
-    if (lane < kClusterM + kClusterN - 1) return m + (n + 1 + lane - kClusterM) % kClusterN * kClusterM;
+    if (thread < kClusterM) return n * kClusterM + thread;
+    if (thread < kClusterM + kClusterN - 1) return m + (n + 1 + thread - kClusterM) % kClusterN * kClusterM;
     return -1;
 }
 
@@ -344,7 +342,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             ptx::barrier_init(ring.full + 8 * i, 1);
-            ptx::barrier_init(ring.empty + 8 * i, 4 * kConsumers * (kClusterM + kClusterN - 1));
+            ptx::barrier_init(ring.empty + 8 * i, kConsumers * (kClusterM + kClusterN - 1));
         }
         ptx::fence_barrier_init();
         ptx::prefetch_map(&p.values);
@@ -363,7 +361,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
     } else {
         ptx::grow_registers<kConsumerRegisters>();
         const u32 words = kWeightBytes + kValueBytes + (warpgroup * kBlocks * kWords + threadIdx.x % 128) * 4;
-        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, lane), ptx::keep(words)}.run(rank, bias);
+        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, threadIdx.x % 128), ptx::keep(words)}.run(rank, bias);
     }
     // A block may not leave while another one still writes to its memory or arrives on its barriers.
     if constexpr (kCluster > 1) ptx::cluster_sync();
