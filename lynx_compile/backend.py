@@ -21,6 +21,7 @@ from .options import Options
 from .passes import Linear
 from .passes.graph import expression, hint, skip_row_views, tensor
 from .report import GraphReport, Row, record
+from .runtime import kernels
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def rt_lynx(
     """
     settings = Options.parse(options, mode)
     rewrite(gm, settings)
+    kernels.prepare(gm.graph, tensor)  # in the background, while the rest compiles
     if settings.rest == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx  # a second of imports that rest="eager" does without

@@ -32,6 +32,13 @@ def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
     )
 
 
+def kernel_for(
+    device: int, dtype: torch.dtype, m: int, n: int, k: int, activation: str, tail: bool
+) -> Kernel:
+    """The kernel `sparse_gemm` launches: sizes, gates and residuals are arguments of one kernel."""
+    return kernel(dtype, activation, _overlaps(device))
+
+
 def sparse_gemm(
     values: Tensor,
     metadata: Tensor,

@@ -132,6 +132,13 @@ def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kerne
     )
 
 
+def kernel_for(
+    device: int, dtype: torch.dtype, m: int, n: int, k: int, activation: str, tail: bool
+) -> Kernel:
+    """The kernel `sparse_gemm` launches for these sizes; tail: a gate, a residual or both."""
+    return kernel(choose(m, n, k, tail, multiprocessors(device)), dtype, activation, tail)
+
+
 def variants() -> Iterator[build.Unit]:
     """Every variant that `sparse_gemm` can ask for."""
     for tile, dtype, activation, tail in product(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from . import build, gemm_mma, gemm_sm90, launch, layout, ops, semantics, sparsify_kernel
 
@@ -64,8 +65,54 @@ def _gemm(device: int, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     """The sparse GEMM for a device and an element type; None where the definition has to do."""
     if device < 0 or unavailable_reason(torch.device("cuda", device), dtype) is not None:
         return None
-    hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    return gemm_sm90.sparse_gemm if hopper else gemm_mma.sparse_gemm
+    return gemm_sm90.sparse_gemm if _is_hopper(device) else gemm_mma.sparse_gemm
+
+
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> list[Future[bytes]]:
+    """Start compiling what the ops in `graph` will launch, in the background.
+
+    tensor_of: what is known of a node's value, e.g. its fake tensor. Symbolic sizes count as their hints.
+    Nothing depends on this: a kernel that is missed, or that another size needs, is compiled when it is used.
+    """
+    units: list[build.Unit] = []
+    sizes: dict[fx.Node, tuple[int, int, torch.dtype, int]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (ops.sparsify, ops.sparse_linear):
+            continue
+        values = fx.map_arg((node.args, node.kwargs), tensor_of)
+        if node.target is ops.sparsify:
+            (producer, inputs), options = values
+            first = inputs[0]
+            if first is None or any(t is None for t in inputs[1:2] if producer.startswith("cat")):
+                continue
+            index = torch.cuda.current_device() if first.device.index is None else first.device.index
+            if unavailable_reason(torch.device("cuda", index), first.dtype) is not None:
+                continue
+            m, k = (_hint(size) for size in ops.producer_shape(producer, inputs))
+            sizes[node] = m, k, first.dtype, index
+            tensors = {name: options.get(name) for name in ("shift", "score", "lora_down")}
+            found = sparsify_kernel.kernels_for(producer, inputs, m, k, index, **tensors)
+        else:
+            source = node.args[0].args[0]  # values are item 0 of what sparsify returns
+            weight, options = values[0][4], values[1]
+            if source not in sizes or weight is None:
+                continue
+            m, k, dtype, index = sizes[source]
+            tail = options.get("gate") is not None or options.get("residual") is not None
+            module = gemm_sm90 if _is_hopper(index) else gemm_mma
+            activation = options.get("activation", "none")
+            found = [module.kernel_for(index, dtype, m, weight.shape[0], k, activation, tail)]
+        arch = build.arch_of(torch.cuda.get_device_capability(index))
+        units += [kernel.unit(arch) for kernel in found]
+    return build.prebuild(units)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _sparsify(

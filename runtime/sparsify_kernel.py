@@ -259,6 +259,31 @@ def _prepare(
     return Call(m, k, rank, tuple(launches), tuple(copies))
 
 
+def kernels_for(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    m: int,
+    k: int,
+    device: int,
+    *,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    lora_down: Tensor | None = None,
+) -> list[Kernel]:
+    """The kernels `sparsify` launches for X (m, k). The tensors may be fake: only dtypes are read."""
+    first = inputs[0]
+    assert first is not None
+    vectors = inputs[1:] if producer.endswith("_norm") else [None] * 4
+    storage = tuple(
+        _ABSENT if v is None else _storage(v, name, first.dtype)
+        for name, v in zip(_VECTORS, (*vectors, shift, score), strict=True)
+    )
+    rank = 0 if lora_down is None else _ceil_div(lora_down.shape[0], 16) * 16
+    parts = {min(rank - begin, MAX_RANK) for begin in range(0, max(rank, 1), MAX_RANK)}
+    variants = [Variant(first.dtype, producer, padded_rank(part), storage) for part in parts]
+    return [plan(device, variant, m, k).kernel for variant in variants]
+
+
 def padded_rank(rank: int) -> int:
     """The rank a kernel is compiled for: coarser steps for wider branches keep the variants few."""
     step = 16 if rank <= 64 else 32

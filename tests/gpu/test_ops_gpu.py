@@ -1,6 +1,7 @@
 """The ops on a GPU: dispatch, streams, graphs, threads, devices, errors, and what a call costs the host."""
 
 import concurrent.futures
+import operator
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from lynx_compile.runtime import kernels, layout, ops, semantics
+from lynx_compile.runtime import build, kernels, layout, ops, semantics
 
 from .conftest import Operands, assert_rounded
 
@@ -137,6 +138,32 @@ def test_first_use_may_be_inside_a_capture():
         y = layer()
     graph.replay()
     assert torch.equal(y, layer())
+
+
+def test_prepare_compiles_what_a_graph_launches(tmp_path, monkeypatch):
+    monkeypatch.setenv("LYNX_CACHE_DIR", str(tmp_path))
+    layer = Layer(rank=80, activation="silu")
+    graph = torch.fx.Graph()
+
+    def known(name, tensor):
+        node = graph.placeholder(name)
+        node.meta["example_value"] = tensor
+        return node
+
+    x, down = known("x", layer.x), known("a", layer.down)
+    weight, up = known("w", layer.weight), known("b", layer.up)
+    compressed = graph.call_function(ops.sparsify, ("gelu_tanh", [x]), {"lora_down": down})
+    parts = [graph.call_function(operator.getitem, (compressed, i)) for i in range(4)]
+    options = {"lora_up": up, "activation": "silu"}
+    graph.output(graph.call_function(ops.sparse_linear, (*parts, weight), options))
+    started = kernels.prepare(graph, lambda node: node.meta.get("example_value"))
+    assert len(started) == 2
+    assert all(future.result()[:4] == b"\x7fELF" for future in started)
+    compiled = []
+    original = build.compile_unit
+    monkeypatch.setattr(build, "compile_unit", lambda what: (compiled.append(what), original(what))[1])
+    torch.fx.GraphModule({}, graph)(layer.x, layer.down, layer.weight, layer.up)
+    assert compiled == []
 
 
 def test_current_stream_is_used():
