@@ -58,6 +58,15 @@ template <int kBlocks> __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// As cluster_barrier, without ordering any memory: for blocks that only must not leave yet.
+template <int kBlocks> __device__ __forceinline__ void cluster_rendezvous() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kBlocks > 1) {
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    }
+#endif
+}
+
 // The address of `pointer`, a variable in this block's shared memory, in block `rank` of the cluster.
 __device__ __forceinline__ u32 cluster_address(const void* pointer, int rank) {
     u32 address = shared_address(pointer);

@@ -72,7 +72,7 @@ struct Moments {
     __device__ __forceinline__ void merge(float other_count, float other_mean, float other_m2) {
         const float total = count + other_count;
         if (other_count == 0.f) return;
-        const float delta = other_mean - mean, share = other_count / total;
+        const float delta = other_mean - mean, share = other_count * reciprocal_approx(total);
         mean = fmaf(delta, share, mean);
         m2 += fmaf(delta * delta, count * share, other_m2);
         count = total;

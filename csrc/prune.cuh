@@ -26,7 +26,11 @@ __device__ __forceinline__ u32 select_two(float q0, float q1, float q2, float q3
 }
 
 // The kept pair of the group in words (a, b).
-__device__ __forceinline__ u32 kept_pair(u32 a, u32 b, u32 selection) { return __byte_perm(a, b, selection); }
+__device__ __forceinline__ u32 kept_pair(u32 a, u32 b, u32 selection) {
+    u32 pair;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(selection));
+    return pair;
+}
 
 // Puts a selection's nibble below those already in `metadata`: groups are pushed last to first.
 __device__ __forceinline__ u32 push_nibble(u32 metadata, u32 selection) {

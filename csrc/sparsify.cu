@@ -85,7 +85,7 @@ struct Vectors {
 
 // Words a thread needs to load them a round ahead; beyond this many it loads them when it needs them.
 constexpr int kVectorWords = 8 * (WEIGHT + BIAS + MULT + ADD + SHIFT + SCORE);
-constexpr bool kVectorsAhead = kVectorWords <= 32;
+constexpr bool kVectorsAhead = kVectorWords <= (kRank ? 8 : 32);
 
 
 // Mean and 1/σ of this thread's two rows.
@@ -106,80 +106,129 @@ struct Slice {
     }
 };
 
-// Which thread this is, and the addresses it copies from and reads at.
+// Which thread this is, and the part of X it works on.
 struct Position {
     int lane, g, q, row_warp, column_warp, rank, first_row, row_in_tile;
     Slice slice;
-    const char *x, *second;     // row lane / 8 of this warp's 16, piece lane % 8, chunk 0
     const char *mult[2], *add[2];  // rows of this thread's two rows of X
-    u32 lora, slots;            // shared memory: stages of the LoRA weight, slots of x
+    u32 fragment;                  // offset of this lane's first 16 bytes in a tile of 128-byte rows
 
-    __device__ __forceinline__ Position(const SparsifyParams& p, const char* dynamic)
+    __device__ __forceinline__ explicit Position(const SparsifyParams& p)
         : lane(threadIdx.x % 32), g(lane / 4), q(lane % 4), row_warp(threadIdx.x / 32 % kRowWarps),
           column_warp(threadIdx.x / 32 / kRowWarps), rank(blockIdx.x % kSplits),
-          first_row(blockIdx.x / kSplits * kRowTile), row_in_tile(16 * row_warp + g), slice(p, rank) {
-        const long long copied = first_row + 16 * row_warp + lane / 8;
-        x = p.x + copied * p.x_stride + lane % 8 * 16;
-        second = p.second + copied * p.second_stride + lane % 8 * 16 - (kProducer == kCat ? p.first_columns * 2 : 0);
+          first_row(blockIdx.x / kSplits * kRowTile), row_in_tile(16 * row_warp + g), slice(p, rank),
+          fragment(g * kRowBytes + (2 * q ^ g & 1) * 16) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = min(first_row + row_in_tile + 8 * h, p.m - 1);
             if constexpr (MULT != kAbsent) mult[h] = p.mult + row / p.mult_rows * p.mult_stride;
             if constexpr (ADD != kAbsent) add[h] = p.add + row / p.add_rows * p.add_stride;
         }
-        lora = shared_address(dynamic);
-        slots = lora + kStages * kLoraBytes + threadIdx.x / 32 * kInputs * kSlotBytes;
     }
 
     __device__ __forceinline__ int chunk(int round) const { return slice.begin + round * kColumnWarps + column_warp; }
-    __device__ __forceinline__ u32 slot(int index) const { return slots + index * (kSlots * kSlotBytes); }
 };
 
-// A chunk of each input, to one slot. Rows past M become zeros. Odd rows have the 16-byte pieces of each pair
-// swapped, here and in the LoRA stages, which spreads the 2 rows × 4 pieces that 8 lanes read over all banks.
-__device__ __forceinline__ void copy_chunk(const SparsifyParams& p, const Position& at, int chunk, u32 slot) {
-    const bool in_second = kProducer == kCat && chunk * kChunk >= p.first_columns;
-    const char* const x = (in_second ? at.second : at.x) + (long long)chunk * kRowBytes;
-    const long long stride = in_second ? p.second_stride : p.x_stride;
-    const int row = at.lane / 8, rows_left = p.m - (at.first_row + 16 * at.row_warp + row);
-    const u32 to = slot + row * kRowBytes + (at.lane % 8 ^ row & 1) * 16;
+// A walk through slots or stages of shared memory: `linear` of them once, then a ring of kStages for ever.
+template <int kBytes> struct Ring {
+    u32 at, first, end;
+
+    __device__ __forceinline__ Ring(u32 start, int linear)
+        : at(start), first(start + linear * kBytes), end(first + kStages * kBytes) {}
+    __device__ __forceinline__ void skip(int count) { at += count * kBytes; }
+    __device__ __forceinline__ void next() {
+        at += kBytes;
+        if (at == end) at = first;
+    }
+};
+
+using Slots = Ring<kSlots * kSlotBytes>;
+using Stages = Ring<kLoraBytes>;
+
+// This warp's copies of x to shared memory, chunk after chunk. Lane l copies piece l % 8 of rows l / 8, + 4, + 8,
+// + 12. Rows past M become zeros. Odd rows have the 16-byte pieces of each pair swapped, here and in the LoRA
+// stages, which spreads the 2 rows × 4 pieces that 8 lanes read over all banks.
+struct InputCopy {
+    const char *x, *second;
+    Slots slot;
+    int chunk, end, rows_left;
+
+    __device__ __forceinline__ InputCopy(const SparsifyParams& p, const Position& at, u32 slots, int first_round)
+        : slot(slots + at.lane / 8 * kRowBytes + (at.lane % 8 ^ at.lane / 8 & 1) * 16, kNorm ? p.held_rounds : 0),
+          chunk(at.chunk(first_round)), end(at.slice.end) {
+        const long long row = at.first_row + 16 * at.row_warp + at.lane / 8;
+        const long long column = (long long)chunk * kRowBytes + at.lane % 8 * 16;
+        x = p.x + row * p.x_stride + column;
+        if constexpr (kTwoInputs) second = p.second + row * p.second_stride + column;
+        if constexpr (kProducer == kCat) second = p.second + row * p.second_stride + column - p.first_columns * 2ll;
+        slot.skip(first_round);
+        rows_left = p.m - static_cast<int>(row);
+    }
+
+    __device__ __forceinline__ void next(const SparsifyParams& p) {
+        if (chunk < end) {
+            const bool in_second = kProducer == kCat && chunk * kChunk >= p.first_columns;
+            const char* const from = in_second ? second : x;
+            const long long stride = in_second ? p.second_stride : p.x_stride;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        copy_async(to + i * 4 * kRowBytes, x + i * 4 * stride, 4 * i < rows_left);
-        if constexpr (kTwoInputs) {
-            copy_async(to + kSlotBytes + i * 4 * kRowBytes,
-                       at.second + (long long)chunk * kRowBytes + i * 4 * p.second_stride, 4 * i < rows_left);
+            for (int i = 0; i < 4; ++i) {
+                copy_async(slot.at + i * 4 * kRowBytes, from + i * 4 * stride, 4 * i < rows_left);
+                if constexpr (kTwoInputs) {
+                    copy_async(slot.at + kSlotBytes + i * 4 * kRowBytes, second + i * 4 * p.second_stride,
+                               4 * i < rows_left);
+                }
+            }
         }
+        chunk += kColumnWarps;
+        x += kColumnWarps * kRowBytes;
+        if constexpr (kTwoInputs || kProducer == kCat) second += kColumnWarps * kRowBytes;
+        slot.next();
     }
-}
+};
 
-// This thread's 16 channels of row half h of a slot.
-__device__ __forceinline__ void read_slot(const Position& at, u32 slot, int h, u32 (&w)[8]) {
-    const u32 row = slot + (at.g + 8 * h) * kRowBytes;
-    const uint4 a = load_shared(row + (2 * at.q ^ at.g & 1) * 16);
-    const uint4 b = load_shared(row + (2 * at.q + 1 ^ at.g & 1) * 16);
-    w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-}
+// The block's copies of the LoRA weight, stage after stage: kColumnWarps chunks of each of its rows.
+struct LoraCopy {
+    static constexpr int kPieces = kRank * kColumnWarps * 8, kRows = kThreads / (8 * kColumnWarps);  // rows a step
+    const char* source;
+    Stages stage;
+    int row, chunk, end;
 
-// One round of the LoRA weight, for all column warps, to one stage; rows past its rank become zeros.
-__device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Position& at, int round, u32 stage) {
-    constexpr int kPieces = kRank * kColumnWarps * 8, kRows = kThreads / (8 * kColumnWarps);  // rows a step
-    const int piece = threadIdx.x % 8, column_warp = threadIdx.x / 8 % kColumnWarps;
-    const int row = threadIdx.x / (8 * kColumnWarps), chunk = at.slice.begin + round * kColumnWarps + column_warp;
-    if (chunk >= at.slice.end) return;
-    const char* const source = p.lora_down + row * p.lora_stride + (long long)chunk * kRowBytes + piece * 16;
-    const u32 to = stage + (column_warp * kRank + row) * kRowBytes + (piece ^ row & 1) * 16;
+    __device__ __forceinline__ LoraCopy(const SparsifyParams& p, const Position& at, u32 stages)
+        : stage(stages, 0), row(threadIdx.x / (8 * kColumnWarps)), end(at.slice.end) {
+        const int piece = threadIdx.x % 8, column_warp = threadIdx.x / 8 % kColumnWarps;
+        chunk = at.slice.begin + column_warp;
+        source = p.lora_down + row * p.lora_stride + (long long)chunk * kRowBytes + piece * 16;
+        const u32 offset = (column_warp * kRank + row) * kRowBytes + (piece ^ row & 1) * 16;
+        stage.at += offset, stage.first += offset, stage.end += offset;
+    }
+
+    __device__ __forceinline__ void next(const SparsifyParams& p) {
+        if (chunk < end) {
 #pragma unroll
-    for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
-        if (kPieces % kThreads && row + i * kRows >= kRank) break;
-        copy_async(to + i * kRows * kRowBytes, source + i * kRows * p.lora_stride, row + i * kRows < p.rank);
+            for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
+                if (kPieces % kThreads && row + i * kRows >= kRank) break;
+                // Rows past the rank become zeros. The rank is a multiple of 16, so a step of at most 16 rows is
+                // inside or outside as a whole.
+                const bool valid = (16 % kRows ? row + i * kRows : i * kRows) < p.rank;
+                copy_async(stage.at + i * kRows * kRowBytes, source + i * kRows * p.lora_stride, valid);
+            }
+        }
+        chunk += kColumnWarps;
+        source += kColumnWarps * kRowBytes;
+        stage.next();
     }
+};
+
+// This thread's 16 channels of row half h of a slot; `fragment` is the slot plus the lane's offset.
+__device__ __forceinline__ void read_slot(u32 fragment, int h, u32 (&w)[8]) {
+    const uint4 a = load_shared(fragment + h * 8 * kRowBytes), b = load_shared((fragment ^ 16) + h * 8 * kRowBytes);
+    w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
 }
 
 // z of row half h of a chunk, rounded to 16 bits.
 __device__ __forceinline__ void produce(const SparsifyParams& p, const Position& at, const Statistics& stats,
-                                        Vectors& vectors, int chunk, u32 slot, int h, u32 (&z)[8]) {
-    read_slot(at, slot, h, z);
+                                        Vectors& vectors, int chunk, u32 fragment, int h, u32 (&z)[8]) {
+    read_slot(fragment, h, z);
     if constexpr (kProducer == kIdentity && SHIFT == kAbsent) return;
     float v[16];
     unpack<Element>(z, v);
@@ -190,7 +239,7 @@ __device__ __forceinline__ void produce(const SparsifyParams& p, const Position&
     if constexpr (kTwoInputs) {
         u32 words[8];
         float up[16];
-        read_slot(at, slot + kSlotBytes, h, words);
+        read_slot(fragment + kSlotBytes, h, words);
         unpack<Element>(words, up);
         activate_all<ACTIVATION>(v);
 #pragma unroll
@@ -219,20 +268,23 @@ __device__ __forceinline__ void produce(const SparsifyParams& p, const Position&
     }
 }
 
-// Prunes 16 channels of z: the kept values, their nibbles pushed on `metadata`, and Σz², Σz̃² added up.
-__device__ __forceinline__ void prune(const u32 (&z)[8], const Channels<Element, SCORE>& score, u32 (&kept)[4],
-                                      u32& metadata, float& all_squares, float& kept_squares) {
-    u32 clean[8];
-    float v[16];
+// z of both row halves with NaN replaced by +Inf, as the A fragments of four m16n8k16 steps. Scores and norms are
+// taken from these, too: a NaN counts as +Inf, and the row's scale becomes Inf / Inf.
+__device__ __forceinline__ void clean_fragments(const u32 (&z)[2][8], u32 (&a)[4][4]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) clean[i] = Element::nan_to_infinity(z[i]);
-    unpack<Element>(clean, v);
+    for (int i = 0; i < 16; ++i) a[i / 4][i % 4] = Element::nan_to_infinity(z[i % 2][i / 2]);
+}
+
+// Prunes 16 channels of z: the kept values, their nibbles pushed on `metadata`, and Σz², Σz̃² added up.
+__device__ __forceinline__ void prune(const u32 (&z)[8], const u32 (&clean)[4][4], int h, const Channels<Element, SCORE>& score,
+                                      u32 (&kept)[4], u32& metadata, float& all_squares, float& kept_squares) {
 #pragma unroll
     for (int j = 3; j >= 0; --j) {
         float q[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float value = v[4 * j + i];
+            const u32 word = clean[j][i / 2 * 2 + h];
+            const float value = i % 2 ? Element::high(word) : Element::low(word);
             all_squares = fmaf(value, value, all_squares);
             q[i] = fabsf(value);
             if constexpr (SCORE != kAbsent) {  // Inf · 0 counts as +Inf, too
@@ -247,51 +299,49 @@ __device__ __forceinline__ void prune(const u32 (&z)[8], const Channels<Element,
     }
 }
 
-// t (16 × kRank) += z · Aᵀ over one chunk.
-__device__ __forceinline__ void multiply_lora(const Position& at, float (&t)[kTiles][4], const u32 (&z)[2][8],
-                                              u32 stage) {
-    const u32 row = stage + at.g * kRowBytes;
-    const u32 low_piece = (2 * at.q ^ at.g & 1) * 16, high_piece = (2 * at.q + 1 ^ at.g & 1) * 16;
+// t (16 × kRank) += z · Aᵀ over one chunk, a the fragments of z; `fragment` is this warp's part of the stage plus the lane's offset.
+__device__ __forceinline__ void multiply_lora(float (&t)[kTiles][4], const u32 (&a)[4][4], u32 fragment) {
 #pragma unroll
     for (int n = 0; n < kRank / 8; ++n) {
-        const uint4 low = load_shared(row + n * 8 * kRowBytes + low_piece);
-        const uint4 high = load_shared(row + n * 8 * kRowBytes + high_piece);
-        Element::mma(t[n], z[0][0], z[1][0], z[0][1], z[1][1], low.x, low.y);
-        Element::mma(t[n], z[0][2], z[1][2], z[0][3], z[1][3], low.z, low.w);
-        Element::mma(t[n], z[0][4], z[1][4], z[0][5], z[1][5], high.x, high.y);
-        Element::mma(t[n], z[0][6], z[1][6], z[0][7], z[1][7], high.z, high.w);
+        const uint4 low = load_shared(fragment + n * 8 * kRowBytes);
+        const uint4 high = load_shared((fragment ^ 16) + n * 8 * kRowBytes);
+        Element::mma(t[n], a[0], low.x, low.y);
+        Element::mma(t[n], a[1], low.z, low.w);
+        Element::mma(t[n], a[2], high.x, high.y);
+        Element::mma(t[n], a[3], high.z, high.w);
     }
 }
 
-
-// The slot of a round. A norm's first `held_rounds` have one each; all others take turns in a ring.
-__device__ __forceinline__ u32 slot_of(const SparsifyParams& p, const Position& at, int round) {
-    if (!kNorm) return at.slot(round % kStages);
-    return at.slot(round < p.held_rounds ? round : p.held_rounds + round % kStages);
-}
-
-// First pass of a norm: the moments of each row, over all warps and blocks that share it.
-__device__ __forceinline__ Statistics row_statistics(const SparsifyParams& p, const Position& at) {
+// First pass of a norm: the moments of each row, over all warps and blocks that share it. The first `held_rounds`
+// chunks stay in their slots, the others take turns in the ring.
+__device__ __forceinline__ Statistics row_statistics(const SparsifyParams& p, const Position& at, u32 slots) {
     __shared__ float2 warp_moments[kColumnWarps][kRowTile];
     __shared__ float2 block_moments[kRowTile];
     const int rounds = at.slice.rounds(at.column_warp);
     Moments moments[2] = {};
-    for (int round = 1 - kStages; round < rounds; ++round) {
+    InputCopy copy(p, at, slots, 0);
+    Slots slot(slots + at.fragment, p.held_rounds);
+#pragma unroll 1
+    for (int s = 0; s < kStages - 1; ++s) {
+        copy.next(p);
+        copy_async_commit();
+    }
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
         copy_async_wait<kStages - 2>();
         __syncwarp();
-        const int ahead = round + kStages - 1;
-        if (ahead < rounds) copy_chunk(p, at, at.chunk(ahead), slot_of(p, at, ahead));
+        copy.next(p);
         copy_async_commit();
-        if (round < 0) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             u32 words[8];
             float v[16];
-            read_slot(at, slot_of(p, at, round), h, words);
+            read_slot(slot.at, h, words);
             unpack<Element>(words, v);
             const Moments part = moments_of<kProducer == kLayerNorm>(v);
             moments[h].merge(part.count, part.mean, part.m2);
         }
+        slot.next();
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -377,10 +427,11 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     extern __shared__ __align__(128) char dynamic[];
     __shared__ float2 squares[kColumnWarps][kRowTile];  // Σz², Σz̃²
 
-    const Position at(p, dynamic);
+    const Position at(p);
     const int chunks = p.k / kChunk;
     const int own_rounds = at.slice.rounds(at.column_warp);
     const int rounds = kRank ? at.slice.rounds(0) : own_rounds;  // LoRA stages are shared by all warps
+    const int held_rounds = kNorm ? p.held_rounds : 0;
 
     if constexpr (kRank > 0) {  // from device memory to L2, where any writer's data meets it; reading waits
         for (int i = blockIdx.x * kThreads + threadIdx.x; i < p.rank * chunks; i += gridDim.x * kThreads) {
@@ -390,69 +441,78 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     dependency_wait();
     dependency_release();
 
-    const auto copy_stage = [&](int round) {
-        if (kRank && round < rounds) copy_lora(p, at, round, at.lora + round % kStages * kLoraBytes);
-    };
+    const u32 stages = shared_address(dynamic);
+    const u32 slots = stages + kStages * kLoraBytes + threadIdx.x / 32 * kInputs * kSlotBytes;
+    LoraCopy lora_copy(p, at, stages);
     Statistics stats;
     if constexpr (kNorm) {
-#pragma unroll
-        for (int s = 0; s < kStages - 1; ++s) copy_stage(s);
-        stats = row_statistics(p, at);
+        if constexpr (kRank > 0) {
+#pragma unroll 1
+            for (int s = 0; s < kStages - 1; ++s) lora_copy.next(p);
+        }
+        stats = row_statistics(p, at, slots);
+    }
+    InputCopy input_copy(p, at, slots, held_rounds);
+#pragma unroll 1
+    for (int s = 0; s < kStages - 1; ++s) {
+        if constexpr (kRank > 0 && !kNorm) lora_copy.next(p);
+        if (s >= held_rounds) input_copy.next(p);
+        copy_async_commit();
     }
 
     float t[kTiles][4] = {};
     float all_squares[2] = {}, kept_squares[2] = {};
     Vectors vectors;
-    const auto load_vectors = [&](int round) {
-        vectors.load(p, at.mult[0], at.add[0], at.chunk(round) * kChunk + at.q * 16);
-    };
-    if (kVectorsAhead && own_rounds > 0) load_vectors(0);
+    int chunk = at.chunk(0);
+    const auto load_vectors = [&] { vectors.load(p, at.mult[0], at.add[0], chunk * kChunk + at.q * 16); };
+    if (kVectorsAhead && own_rounds > 0) load_vectors();
 
     const int row_group = at.first_row / 16 + at.row_warp;
-    u32* const metadata_row = p.metadata + (long long)(row_group / 4) * chunks * 128 + row_group % 4 * 32 + at.lane;
     const bool in_row_blocks = row_group < (p.m + 63) / 64 * 4;  // a tile of 128 rows may reach beyond the last 64
     const int rows_left = p.m - at.first_row - at.row_in_tile;
-    char* const values_row = p.values + (long long)(at.first_row + at.row_in_tile) * p.k + at.q * 16;
+    u32* metadata_at = p.metadata + ((long long)(row_group / 4) * chunks + chunk) * 128 + row_group % 4 * 32 + at.lane;
+    char* values_at = p.values + (long long)(at.first_row + at.row_in_tile) * p.k + chunk * 64 + at.q * 16;
+    Slots slot(slots + at.fragment, held_rounds);
+    Stages stage(stages + at.column_warp * kRank * kRowBytes + at.fragment, 0);
 
-    for (int round = 1 - kStages; round < rounds; ++round) {
-        const int ahead = round + kStages - 1;
-        if (round >= 0) {
-            copy_async_wait<kStages - 2>();
-            if (kRank) __syncthreads();  // what was copied has landed for all, and all are done with the last round
-            else __syncwarp();
-        }
-        if (!kNorm || round >= 0) copy_stage(ahead);
-        if (ahead < own_rounds && !(kNorm && ahead < p.held_rounds)) {
-            copy_chunk(p, at, at.chunk(ahead), slot_of(p, at, ahead));
-        }
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+        copy_async_wait<kStages - 2>();
+        if (kRank) __syncthreads();  // what was copied has landed for all, and all are done with the last round
+        else __syncwarp();
+        if constexpr (kRank > 0) lora_copy.next(p);
+        if (!kNorm || round + kStages - 1 >= held_rounds) input_copy.next(p);
         copy_async_commit();
-        if (round < 0 || round >= own_rounds) continue;
-
-        const int chunk = at.chunk(round);
-        const u32 slot = slot_of(p, at, round);
-        if (!kVectorsAhead) load_vectors(round);
-        u32 z[2][8];
+        if (round < own_rounds) {
+            if (!kVectorsAhead) load_vectors();
+            u32 z[2][8];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) produce(p, at, stats, vectors, chunk, slot, h, z[h]);
-        if (p.values != nullptr) {
-            u32 metadata = 0;
+            for (int h = 0; h < 2; ++h) produce(p, at, stats, vectors, chunk, slot.at, h, z[h]);
+            u32 clean[4][4];
+            clean_fragments(z, clean);
+            if (p.values != nullptr) {
+                u32 metadata = 0;
 #pragma unroll
-            for (int h = 1; h >= 0; --h) {
-                u32 kept[4];
-                prune(z[h], vectors.score, kept, metadata, all_squares[h], kept_squares[h]);
-                if (8 * h < rows_left) {
-                    *reinterpret_cast<uint4*>(values_row + 8ll * h * p.k + chunk * 64) =
-                        make_uint4(kept[0], kept[1], kept[2], kept[3]);
+                for (int h = 1; h >= 0; --h) {
+                    u32 kept[4];
+                    prune(z[h], clean, h, vectors.score, kept, metadata, all_squares[h], kept_squares[h]);
+                    if (8 * h < rows_left) {
+                        *reinterpret_cast<uint4*>(values_at + 8ll * h * p.k) =
+                            make_uint4(kept[0], kept[1], kept[2], kept[3]);
+                    }
                 }
+                if (rows_left <= 8) metadata = metadata & 0xffffu | 0x44440000u;
+                if (rows_left <= 0) metadata = 0x44444444u;
+                if (in_row_blocks) *metadata_at = metadata;
             }
-            if (rows_left <= 8) metadata = metadata & 0xffffu | 0x44440000u;
-            if (rows_left <= 0) metadata = 0x44444444u;
-            if (in_row_blocks) metadata_row[(long long)chunk * 128] = metadata;
+            chunk += kColumnWarps;
+            if (kVectorsAhead && round + 1 < own_rounds) load_vectors();
+            if constexpr (kRank > 0) multiply_lora(t, clean, stage.at);
         }
-        if (kVectorsAhead && round + 1 < own_rounds) load_vectors(round + 1);
-        if constexpr (kRank > 0) {
-            multiply_lora(at, t, z, at.lora + round % kStages * kLoraBytes + at.column_warp * kRank * kRowBytes);
-        }
+        metadata_at += kColumnWarps * 128;
+        values_at += kColumnWarps * 64;
+        slot.next();
+        stage.next();
     }
 
 #pragma unroll
@@ -481,7 +541,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     cluster_barrier<kSplits>();
     if (p.values != nullptr) store_scale(p, at, squares[0]);
     if constexpr (kRank > 0) store_t(p, at, partial);
-    if constexpr (kSplits > 1) cluster_barrier<kSplits>();  // no block leaves while another reads its shared memory
+    cluster_rendezvous<kSplits>();  // no block leaves while another reads its shared memory
 }
 
 }  // namespace lynx

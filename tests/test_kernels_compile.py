@@ -51,7 +51,7 @@ def hopper_gemm():
 
 def sparsifiers(arch):
     """Every producer with the FLUX rank, and the ranks with the plainest producer."""
-    cases = [("identity", rank, NO_VECTORS) for rank in (0, 16, 64, 128, 256)] + [("identity", 64, Z_VECTORS)]
+    cases = [("identity", rank, NO_VECTORS) for rank in (0, 16, 64, 128)] + [("identity", 64, Z_VECTORS)]
     if arch in ("sm_80", "sm_90a"):
         for producer in PRODUCERS:
             vectors = NORM_VECTORS if producer.endswith("_norm") else NO_VECTORS

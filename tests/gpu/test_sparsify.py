@@ -130,7 +130,7 @@ def test_adversarial_data(kind, dtype):
     lora_down = normal(6, 64, k, dtype=dtype)
     t = sparsify("identity", [x], lora_down=lora_down)[3]
     if kind == "poisoned row":
-        assert t[m // 2].isnan().all()
+        assert not t[m // 2].isfinite().any()
         keep = torch.arange(m, device="cuda") != m // 2
         x, t = x[keep], t[keep]
     if kind != "huge":
@@ -189,7 +189,8 @@ def test_producers(producer, samples, rows, blocks, dtype, present, vector_dtype
     ulp = torch.finfo(dtype).eps * torch.maximum(expected.double().abs(), exact.abs())
     error = (z.double() - expected.double()).abs()
     assert (error <= ulp + 4e-7 * exact.abs().amax(-1, keepdim=True) + torch.finfo(dtype).tiny).all()
-    assert (z != expected).sum() <= 2 + 0.01 * z.numel()
+    # Far out in a tail even fp64's 1 + tanh(u) has no digits left.
+    assert ((z != expected) & (exact.abs() > 1e-6)).sum() <= 2 + 0.01 * z.numel()
     assert_pruned_like(got, z)
     if not producer.endswith("_norm"):  # whose sums are added in another order without t
         for a, b in zip(got[:2], sparsify(producer, inputs, shift=shift, **options)[:2], strict=True):
