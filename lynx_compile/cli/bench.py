@@ -74,3 +74,66 @@ def gemm(
         write_results(json, result["rows"], **details, **({"commit": commit} if commit else {}))
     if plot is not None:
         report.plot({**result, "device": device_name()}, plot)
+
+
+@app.command()
+def step(
+    model: Annotated[
+        list[str] | None, typer.Option(help="flux, qwen-image, z-image or any other known model; repeatable.")
+    ] = None,
+    resolution: Annotated[list[int] | None, typer.Option(help="Side in pixels; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Samples in one step; repeatable.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="What to compare; repeatable. --backend list shows the names.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=16, max=256, help="Rank of the LoRA branch.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 1.0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write stacked bars here.")] = None,
+    commit: Annotated[str | None, typer.Option(help="What to record as the commit.")] = None,
+) -> None:
+    """One denoising step at production geometry (random weights): eager, Inductor, fp8, rt_lynx."""
+    import logging
+
+    import torch
+    from rich.console import Console
+
+    from ..bench import step as measurements
+    from ..bench import step_report
+    from ..results import device_name, write_results
+
+    console = Console()
+    if backend == ["list"]:
+        console.print("\n".join(measurements.BACKENDS))
+        return
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        console.print("[red]nothing to measure here: torch sees no CUDA device[/red]")
+        raise typer.Exit(1)
+    rows: list[dict[str, object]] = []
+
+    def keep(measured: list[dict[str, object]]) -> None:
+        """After each model, so that an interrupted run leaves what it has."""
+        rows[:] = measured
+        if json is not None:
+            write_results(json, rows, **({"commit": commit} if commit else {}))
+
+    try:
+        measurements.run(
+            tuple(model or measurements.MODELS),
+            resolutions=tuple(resolution or (1024,)),
+            batches=tuple(batch or (1,)),
+            backends=tuple(backend or measurements.DEFAULT_BACKENDS),
+            rank=rank,
+            seconds=seconds,
+            progress=console.print,
+            keep=keep,
+        )
+    except (ValueError, RuntimeError) as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(1) from error
+    finally:
+        if rows:
+            step_report.show(rows, console)
+    if plot is not None:
+        step_report.plot(rows, plot, device_name())

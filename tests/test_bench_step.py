@@ -1,0 +1,122 @@
+"""The step benchmark without a GPU: what it switches on, what it undoes, what it counts."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lynx_compile.bench import step, step_report
+from lynx_compile.bench.split import kind_of, total_ms
+from lynx_compile.layers import LynxLinear
+from tests import zoo
+
+EMULATED = {"emulate": True, "rest": "eager", "min_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("sparsify", "sparsify_ms"),
+        ("sparse_gemm", "gemm_ms"),
+        ("sparse_gemm_mma", "gemm_ms"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNT", "gemm_ms"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "gemm_ms"),
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal>", "gemm_ms"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x128", "attention_ms"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention_ms"),
+        ("triton_tem_fused_addmm_12", "gemm_ms"),
+        ("triton_red_fused_add_mul_native_layer_norm_4", "elementwise_ms"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>", "elementwise_ms"),
+        ("Memcpy DtoD (Device -> Device)", "elementwise_ms"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel, kind):
+    assert kind_of(kernel) == kind
+
+
+def test_split_sums_nanoseconds_by_kind():
+    totals = total_ms([("sparse_gemm", 2_000_000), ("nvjet_x", 500_000), ("sparsify", 250_000)])
+    assert totals == {"sparsify_ms": 0.25, "attention_ms": 0.0, "gemm_ms": 2.5, "elementwise_ms": 0.0}
+
+
+def test_branches_go_where_tokens_go():
+    model, _ = zoo.build("FluxTransformer2DModel")
+    attached = step.attach_random_branches(model, 16)
+    carrying = {name for name, m in model.named_modules() if isinstance(m, LynxLinear)}
+    assert len(carrying) == attached
+    assert "transformer_blocks.0.attn.to_q" in carrying
+    assert "single_transformer_blocks.1.proj_out" in carrying
+    assert not any("norm" in name or "embed" in name for name in carrying)
+    layer = model.transformer_blocks[0].ff.net[2]
+    assert layer.lynx_down.shape == (16, layer.in_features)
+    assert layer.lynx_up.shape == (layer.out_features, 16)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_sparse_share_counts_every_block(everything):
+    model, inputs = zoo.build("FluxTransformer2DModel")
+    backend = step.Backend("test", lynx=True, lora=True, everything=everything, options=EMULATED)
+    with torch.no_grad():
+        dense = model(**inputs, return_dict=False)[0]
+        with step.compiled(model, backend, 16):
+            sparse = model(**inputs, return_dict=False)[0]
+            share = step.sparse_share(model, inputs)
+        again = model(**inputs, return_dict=False)[0]
+    flops = {}
+    tokens = {"transformer_blocks": 24, "single_transformer_blocks": 32}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            m = tokens.get(name.split(".")[0], 24)
+            if any(word in name for word in ("add_", "context")):
+                m = 8
+            if "norm" in name or "time_text_embed" in name:
+                m = 1
+            flops[name] = 2 * m * module.weight.numel()
+    chosen = [
+        name
+        for name in flops
+        if "blocks" in name
+        and (everything or not any(w in name for w in ("norm", "add_", "context", "to_out", "to_add")))
+    ]
+    assert share == pytest.approx(sum(flops[name] for name in chosen) / sum(flops.values()), abs=2e-4)
+    assert (sparse - dense).abs().max() > 1e-3 * dense.abs().max()
+    torch.testing.assert_close(again, dense, rtol=0, atol=0)
+    assert not any(isinstance(m, LynxLinear) for m in model.modules())
+
+
+def test_paper_skips_name_layers_of_the_models():
+    from lynx_compile.models import resolve
+    from lynx_compile.policy import first_match
+
+    for name in ("flux", "z-image"):
+        model = resolve(name).build("meta")
+        skips = step.PAPER_SKIPS[type(model).__name__]
+        linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+        for skip in skips:
+            assert sum(first_match(path, [skip]) is not None for path in linears) >= 30
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="'warp'; one of eager, inductor"):
+        step.run(["flux"], backends=["warp"], device="meta")
+
+
+def test_table_and_plot(tmp_path, capsys):
+    from rich.console import Console
+
+    rows = [
+        {"model": "flux", "resolution": 1024, "batch": 1, "backend": backend, "lora_rank": rank,
+         "step_ms": ms, "gemm_ms": ms * 0.7, "sparsify_ms": 1.0, "attention_ms": 20.0, "elementwise_ms": 5.0,
+         "host_ms": 9.0, "compile_s": 12.0, "peak_gib": 23.5, "power_w": 690.0, "sparse_flops_share": 0.9}
+        for backend, rank, ms in [("inductor", 0, 100.0), ("rt_lynx", 64, 80.0)]
+    ]  # fmt: skip
+    step._add_speedups(rows)
+    assert [row["speedup_vs_inductor"] for row in rows] == [1.0, 1.25]
+    step_report.show(rows, Console(width=200))
+    printed = capsys.readouterr().out
+    assert "1.250×" in printed
+    assert "rt_lynx" in printed
+    step_report.plot(rows, tmp_path / "bars.png", "a chip")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert json.dumps(rows)
