@@ -39,7 +39,7 @@ def rt_lynx(
     """
     settings = Options.parse(options, mode)
     rewrite(gm, settings)
-    kernels.prepare(gm.graph, tensor)  # in the background, while the rest compiles
+    _build_kernels_ahead(gm.graph)
     if settings.rest == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx  # a second of imports that rest="eager" does without
@@ -142,6 +142,14 @@ def _pattern(linear: Linear) -> str | None:
         return None
     producer = passes.producer_of(skip_row_views(linear.x))
     return f"{producer.name} → linear" if producer else "linear"
+
+
+def _build_kernels_ahead(graph: fx.Graph) -> None:
+    """Compile kernels in the background, while Inductor compiles the rest; they build on first use otherwise."""
+    try:
+        kernels.prepare(graph, tensor)
+    except Exception:
+        log.debug("kernels are built on first use", exc_info=True)
 
 
 def _notify(report: GraphReport) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -79,40 +79,64 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
     Nothing depends on this: a kernel that is missed, or that another size needs, is compiled when it is used.
     """
     units: list[build.Unit] = []
-    sizes: dict[fx.Node, tuple[int, int, torch.dtype, int]] = {}
+    sparsified: dict[fx.Node, _Size] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (ops.sparsify, ops.sparse_linear):
+        if node.op != "call_function" or node.target not in (ops.sparsify, ops.sparse_linear, ops.linears):
             continue
-        values = fx.map_arg((node.args, node.kwargs), tensor_of)
-        if node.target is ops.sparsify:
-            (producer, inputs), options = values
-            first = inputs[0]
-            if first is None or any(t is None for t in inputs[1:2] if producer.startswith("cat")):
-                continue
-            index = torch.cuda.current_device() if first.device.index is None else first.device.index
-            if unavailable_reason(torch.device("cuda", index), first.dtype) is not None:
-                continue
-            m, k = (_hint(size) for size in ops.producer_shape(producer, inputs))
-            sizes[node] = m, k, first.dtype, index
-            tensors = {name: options.get(name) for name in ("shift", "score", "lora_down")}
-            found = sparsify_kernel.kernels_for(producer, inputs, m, k, index, **tensors)
-        else:
-            source = node.args[0].args[0]  # values are item 0 of what sparsify returns
-            weight, options = values[0][4], values[1]
-            if source not in sizes or weight is None:
-                continue
-            m, k, dtype, index = sizes[source]
-            tail = options.get("gate") is not None or options.get("residual") is not None
-            module = gemm_sm90 if _is_hopper(index) else gemm_mma
-            activation = options.get("activation", "none")
-            found = [module.kernel_for(index, dtype, m, weight.shape[0], k, activation, tail)]
-        arch = build.arch_of(torch.cuda.get_device_capability(index))
-        units += [kernel.unit(arch) for kernel in found]
+        args, options = fx.map_arg((node.args, node.kwargs), tensor_of)
+        if node.target is ops.sparse_linear:
+            size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
+            if size is not None:
+                tail = [options.get("gate"), options.get("residual")]
+                units += _gemm_unit(size, args[4], options.get("activation", "none"), tail)
+            continue
+        producer, inputs = args[:2]
+        size = _size(producer, inputs)
+        if size is None:
+            continue
+        sparsified[node] = size
+        tensors = {name: options.get(name) for name in ("shift", "score", "lora_down")}
+        found = sparsify_kernel.kernels_for(producer, inputs, size.m, size.k, size.device, **tensors)
+        units += [kernel.unit(size.arch) for kernel in found]
+        if node.target is ops.linears:
+            tails = zip(options["gates"], options["residuals"], strict=True)
+            for weight, activation, tail in zip(args[2], options["activations"], tails, strict=True):
+                units += _gemm_unit(size, weight, activation, tail)
     return build.prebuild(units)
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+class _Size(NamedTuple):
+    """X (m, k), its dtype and where it is."""
+
+    m: int
+    k: int
+    dtype: torch.dtype
+    device: int
+    arch: str
+
+
+def _size(producer: str, inputs: Sequence[Tensor | None]) -> _Size | None:
+    """The size of a producer's output; None when it is not known or has no kernels."""
+    needed = inputs[: 2 if producer.startswith("cat") else 1]
+    first = inputs[0]
+    if first is None or any(t is None for t in needed) or first.device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if first.device.index is None else first.device.index
+    if unavailable_reason(torch.device("cuda", index), first.dtype) is not None:
+        return None
+    m, k = (n if isinstance(n, int) else int(n.node.hint) for n in ops.producer_shape(producer, inputs))
+    return _Size(m, k, first.dtype, index, build.arch_of(torch.cuda.get_device_capability(index)))
+
+
+def _gemm_unit(
+    size: _Size, weight: Tensor | None, activation: str, tail: Sequence[Tensor | None]
+) -> list[build.Unit]:
+    if weight is None:
+        return []
+    kernel_for = gemm_sm90.kernel_for if _is_hopper(size.device) else gemm_mma.kernel_for
+    has_tail = any(t is not None for t in tail)
+    kernel = kernel_for(size.device, size.dtype, size.m, weight.shape[0], size.k, activation, has_tail)
+    return [kernel.unit(size.arch)]
 
 
 def _sparsify(
@@ -193,7 +217,7 @@ def _sparse_linear(
         if rank % RANK_MULTIPLE:
             t, lora_up = (F.pad(x, (0, -rank % RANK_MULTIPLE)) for x in (t, lora_up))
             rank = lora_up.shape[1]
-        t = _operand("t", t, dtype, device, m * rank)
+        t = _operand("t", t, dtype, device, m * rank, rows_apart=True)
         lora_up = _operand("lora_up", lora_up, dtype, device, n * rank) if rank else None
     if bias is not None:
         bias = _operand("bias", bias, dtype, device, n)
@@ -212,9 +236,16 @@ def _sparse_linear(
     return gemm(values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual)
 
 
-def _operand(name: str, tensor: Tensor, dtype: torch.dtype, device: int, elements: int) -> Tensor:
-    """The tensor, contiguous. Raises TypeError or ValueError when a kernel would misread it."""
-    if not tensor.is_contiguous():
+def _operand(
+    name: str, tensor: Tensor, dtype: torch.dtype, device: int, elements: int, rows_apart: bool = False
+) -> Tensor:
+    """The tensor, contiguous. Raises TypeError or ValueError when a kernel would misread it.
+
+    rows_apart: the rows of a matrix need not follow each other, as in columns of a wider one.
+    """
+    if not tensor.is_contiguous() and not (
+        rows_apart and tensor.stride(1) == 1 and tensor.stride(0) * tensor.element_size() % ALIGNMENT == 0
+    ):
         tensor = tensor.contiguous()
     if (
         tensor.dtype is not dtype

@@ -1,0 +1,221 @@
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import lynx_compile
+from lynx_compile import LynxLinear, attach, compile_blocks, detach
+from lynx_compile.regional import pattern
+from lynx_compile.runtime import semantics
+
+OPTIONS = {"rest": "eager", "emulate": True, "strict": True}
+G = torch.Generator().manual_seed(0)
+X = torch.randn(2, 6, 64, dtype=torch.float64, generator=G)
+
+
+def linear(n=64):
+    return nn.Linear(64, n, dtype=torch.float64).requires_grad_(False)
+
+
+def data(n=64, rank=16):
+    return {
+        "down": torch.randn(rank, 64, generator=G),
+        "up": torch.randn(n, rank, generator=G),
+        "shift": torch.randn(64, generator=G),
+        "score": torch.rand(64, generator=G),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    lynx_compile.clear_report()
+
+
+def test_attached_is_the_dense_layer_everywhere_else():
+    module = linear()
+    state, want = copy.deepcopy(module.state_dict()), module(X)
+    assert attach(module, **data(), decision="sparse") is module
+    assert isinstance(module, LynxLinear)
+    assert module.state_dict().keys() == state.keys()
+    assert torch.equal(module(X), want)
+    assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(X), want)
+    assert module.lynx_down.dtype == torch.float64
+    detach(module)
+    assert type(module) is nn.Linear
+    assert not any(name.startswith("lynx") for name in [*vars(module), *dict(module.named_buffers())])
+    assert torch.equal(module(X), want)
+
+
+def test_the_backend_uses_the_data():
+    module = attach(linear(), **data(), decision="sparse")
+    got = torch.compile(module, backend="rt_lynx", fullgraph=True, options=OPTIONS)(X)
+    s = semantics.sparsify(
+        X.reshape(-1, 64), shift=module.lynx_shift, score=module.lynx_score, lora_down=module.lynx_down
+    )
+    want = semantics.sparse_linear(
+        s.pruned, s.scale, s.t, module.weight, lora_up=module.lynx_up, bias=module.lynx_bias
+    )
+    torch.testing.assert_close(got, want.reshape(got.shape))
+    folded = module.bias + module.weight @ module.lynx_shift
+    torch.testing.assert_close(module.lynx_bias, folded)
+
+
+@pytest.mark.parametrize(("decision", "dense"), [("dense", True), ("sparse", False)])
+def test_the_decision_overrules_a_safe_default(decision, dense):
+    model = nn.ModuleDict({"to_out": attach(linear(), decision=decision)})
+    model.forward = types.MethodType(lambda self, x: self["to_out"](x), model)
+    got = torch.compile(model, backend="rt_lynx", options=OPTIONS)(X)
+    assert torch.equal(got, model(X)) == dense
+
+
+def test_new_data_needs_no_compilation():
+    module = attach(linear(), **data(), decision="sparse")
+    compiled = torch.compile(module, backend="rt_lynx", options=OPTIONS)
+    first = compiled(X)
+    attach(module, **data(), decision="sparse")
+    assert not torch.allclose(compiled(X), first)
+    assert len(lynx_compile.report().graphs) == 1
+
+
+def test_a_switch_runs_the_layers_dense_meanwhile():
+    switch = types.SimpleNamespace(dense=True)
+    module = attach(linear(), decision="sparse", switch=switch)
+    compiled = torch.compile(
+        module, backend="rt_lynx", options={**OPTIONS, "min_tokens": 0, "skip": ["none"]}
+    )
+    want = module(X)
+    for _ in range(2):
+        switch.dense = False
+        assert not torch.allclose(compiled(X), want)
+        switch.dense = True
+        compiled(X)
+    assert len(lynx_compile.report().graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"down": torch.zeros(16, 64)}, ValueError, "both or none"),
+        ({"shift": torch.zeros(65)}, ValueError, r"shift is \(65,\)"),
+        ({"down": torch.zeros(16, 64), "up": torch.zeros(64, 8)}, ValueError, r"up is \(64, 8\)"),
+        ({"decision": "sprase"}, ValueError, "sprase"),
+        ({"dense_tokens": -1}, ValueError, "dense_tokens=-1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, error, words):
+    module = linear()
+    with pytest.raises(error, match=words):
+        attach(module, **arguments)
+    assert type(module) is nn.Linear
+
+
+def test_only_plain_linear_layers_take_data():
+    with pytest.raises(TypeError, match="cannot attach to a Conv1d"):
+        attach(nn.Conv1d(4, 4, 1))
+
+
+def test_hooks_that_hold_the_old_forward_follow():
+    module = linear()
+    module._old_forward = module.forward  # as accelerate does
+    module.forward = lambda x: module._old_forward(x)
+    attach(module, decision="sparse")
+    assert module._old_forward.__func__ is LynxLinear.forward
+    torch.compile(module, backend="rt_lynx", options=OPTIONS)(X)
+    assert [row.decision for row in lynx_compile.report().rows] == ["sparse"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (linear() for _ in "abcd")
+
+    def forward(self, x):
+        return x + self.d(torch.relu(self.a(x) + self.b(x) * self.c(x)))
+
+
+class Model(nn.Module):
+    _repeated_blocks = ("Block",)
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_with_one_pattern_share_one_graph_and_keep_their_own_data():
+    model = Model(6)
+    for block in model.blocks:
+        attach(block.a, **data(), decision="sparse")
+    for block in model.blocks:
+        block.compile(backend="rt_lynx", fullgraph=True, options={**OPTIONS, "skip": ["[bcd]"]})
+    got = model(X)
+    assert len(lynx_compile.report().graphs) == 1
+    torch._dynamo.reset()
+    whole = torch.compile(Model.forward, backend="rt_lynx", options={**OPTIONS, "skip": ["*.[bcd]"]})
+    uncompiled = copy.copy(model)
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    torch.testing.assert_close(got, whole(uncompiled, X))
+
+
+def test_one_compile_for_each_pattern_and_no_block_is_eager():
+    """Twelve patterns: four more than Dynamo compiles for one code object."""
+    model = Model(24)
+    for i, block in enumerate(model.blocks):
+        for j, name in enumerate("abcd"):
+            attach(getattr(block, name), decision="sparse" if (i % 12 + 1) >> j & 1 else "dense")
+    dense = model(X)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert compile_blocks(model, fullgraph=True, **OPTIONS) == 12
+        got = model(X)
+        model(X)
+    graphs = lynx_compile.report().graphs
+    assert len(graphs) == 12
+    assert {tuple(row.decision for row in graph.rows) for graph in graphs} == {
+        tuple(sorted_decisions(block)) for block in model.blocks
+    }
+    assert not torch.allclose(got, dense)
+
+
+def sorted_decisions(block):
+    order = {"a": 0, "b": 1, "c": 2, "d": 3}  # execution order
+    return [getattr(block, name).lynx_decision for name in sorted("abcd", key=order.get)]
+
+
+def test_globs_speak_of_full_names():
+    model = Model(3)
+    patterns = compile_blocks(model, skip=["blocks.0.*"], only=["blocks.*.a", "blocks.2.d"], **OPTIONS)
+    model(X)
+    assert patterns == len(lynx_compile.report().graphs) == 3
+    decided = {
+        name: module.lynx_decision for name, module in model.named_modules() if isinstance(module, LynxLinear)
+    }
+    assert [name for name, decision in decided.items() if decision == "sparse"] == [
+        "blocks.1.a",
+        "blocks.2.a",
+        "blocks.2.d",
+    ]
+    assert model.blocks[0].a.lynx_reason == "skip='blocks.0.*'"
+
+
+def test_a_model_without_repeated_blocks_says_what_to_give():
+    with pytest.raises(ValueError, match=r"name the classes with blocks=\[...\]"):
+        compile_blocks(nn.Sequential(linear()))
+    with pytest.raises(ValueError, match="no block of class Missing"):
+        compile_blocks(Model(1), blocks=["Missing"])
+
+
+def test_pattern_is_the_same_for_blocks_that_differ_in_values_only():
+    first, second = Block(), Block()
+    attach(first.a, **data(), decision="sparse")
+    attach(second.a, **data(), decision="sparse")
+    assert pattern(first) == pattern(second)
+    attach(second.a, decision="sparse")
+    assert pattern(first) != pattern(second)

@@ -1,0 +1,66 @@
+import json
+import threading
+
+import pytest
+
+import lynx_compile
+from lynx_compile.report import GraphReport, Row, record
+
+SPARSE = Row("blocks.0.up", 100, 256, 64, "sparse", "chosen by default", "layer_norm → linear")
+DENSE = Row("proj_out", 100, 64, 256, "dense", "safe default: final projection", "linear")
+UNMATCHED = Row("x_embedder", 50, 256, 16, "dense", "K = 16 is not a multiple of 64", symbol="s0")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    lynx_compile.clear_report()
+    yield
+    lynx_compile.clear_report()
+
+
+def test_totals_over_several_graphs():
+    record(GraphReport((SPARSE, DENSE)))
+    record(GraphReport((UNMATCHED,), note="gradients are on"))
+    report = lynx_compile.report()
+    flops = [2 * 100 * 256 * 64, 2 * 100 * 256 * 64, 2 * 50 * 256 * 16]
+    assert report.flops == sum(flops)
+    assert report.sparse_share == flops[0] / sum(flops)
+    assert report.matched_share == sum(flops[:2]) / sum(flops)
+    assert report.notes == ["gradients are on"]
+    assert report.totals()["linears"] == 3
+    assert report.by_pattern()["unmatched"] == {"linears": 1, "sparse": 0, "flops": flops[2]}
+
+
+def test_json_round_trip():
+    record(GraphReport((SPARSE,)))
+    loaded = json.loads(lynx_compile.report().to_json())
+    assert loaded["graphs"][0]["rows"][0]["name"] == "blocks.0.up"
+    assert loaded["totals"]["sparse_share"] == 1.0
+
+
+def test_table_tells_every_layer_and_its_reason():
+    record(GraphReport((SPARSE, UNMATCHED), note="a note"))
+    text = str(lynx_compile.report())
+    for word in (
+        "blocks.0.up",
+        "100 × 256 × 64",
+        "s0 (50) × 256 × 16",
+        "K = 16",
+        "a note",
+        "1 of 2 linear layers",
+    ):
+        assert word in text
+
+
+def test_an_empty_report_has_no_shares():
+    assert lynx_compile.report().sparse_share == 0.0
+    assert "0 of 0 linear layers" in str(lynx_compile.report())
+
+
+def test_recording_from_threads():
+    threads = [threading.Thread(target=lambda: record(GraphReport((SPARSE,)))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(lynx_compile.report().graphs) == 16
