@@ -145,7 +145,7 @@ def _pattern(linear: Linear) -> str | None:
 
 
 def _build_kernels_ahead(graph: fx.Graph) -> None:
-    """Compile kernels in the background, while Inductor compiles the rest; they build on first use otherwise."""
+    """Compile kernels in the background, while Inductor compiles the rest; else they build on first use."""
     try:
         kernels.prepare(graph, tensor)
     except Exception:
