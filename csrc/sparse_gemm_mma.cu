@@ -38,13 +38,13 @@ struct Arguments {
     const char* metadata;    // (⌈M / 64⌉, K / 64, 128) words
     const float* scale;      // (M)
     const char* weight;      // (N, K)
-    const char* t;           // (M, R)
+    const char* t;           // (M, R), rows t_stride elements apart
     const char* lora_up;     // (N, R)
     const char* bias;        // (N) or null
     const char* gate;        // (samples, N) or null
     const char* residual;    // (M, N) or null
     char* y;                 // (M, N)
-    int m, n, k, rank, rows_per_sample;
+    int m, n, k, rank, t_stride, rows_per_sample;
 };
 
 // Swizzles: eight rows read by one ldmatrix phase fall into eight different 16-byte columns of the banks.
@@ -141,9 +141,9 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4][4][4], const u32 
     }
 }
 
-__device__ __forceinline__ u32 load_pair(const char* matrix, int row, int rows, int column, int columns) {
+__device__ __forceinline__ u32 load_pair(const char* matrix, int row, int rows, int column, int stride) {
     if (row >= rows) return 0;
-    return *reinterpret_cast<const u32*>(matrix + 2 * (static_cast<long long>(row) * columns + column));
+    return *reinterpret_cast<const u32*>(matrix + 2 * (static_cast<long long>(row) * stride + column));
 }
 
 // sums += t · Bᵀ, the operands straight from L2: their share of the bytes is R / K.
@@ -158,8 +158,9 @@ __device__ __forceinline__ void add_lora(float (&sums)[4][4][4], const Arguments
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int top = row + 16 * i + lane / 4;
-            const u32 a[4] = {load_pair(p.t, top, p.m, r, p.rank), load_pair(p.t, top + 8, p.m, r, p.rank),
-                              load_pair(p.t, top, p.m, r + 8, p.rank), load_pair(p.t, top + 8, p.m, r + 8, p.rank)};
+            const u32 a[4] = {
+                load_pair(p.t, top, p.m, r, p.t_stride), load_pair(p.t, top + 8, p.m, r, p.t_stride),
+                load_pair(p.t, top, p.m, r + 8, p.t_stride), load_pair(p.t, top + 8, p.m, r + 8, p.t_stride)};
 #pragma unroll
             for (int j = 0; j < 4; ++j) Element::mma(sums[i][j], a, b[j][0], b[j][1]);
         }

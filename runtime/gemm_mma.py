@@ -24,7 +24,7 @@ def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
     return Kernel(
         "sparse_gemm_mma.cu",
         "sparse_gemm_mma",
-        parameters="PPPPPPPPPPiiiii",
+        parameters="PPPPPPPPPPiiiiii",
         threads=THREADS,
         smem=SMEM,
         overlap=overlap,
@@ -51,7 +51,7 @@ def sparse_gemm(
     gate: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """y (M, N) of `ops.sparse_linear`. Operands are checked and contiguous; the rank is a multiple of 16."""
+    """y (M, N) of `ops.sparse_linear`. Operands are checked; rows of t may be apart; rank % 16 == 0."""
     m, half = values.shape
     n = weight.shape[0]
     device = values.get_device()
@@ -73,6 +73,7 @@ def sparse_gemm(
         n,
         2 * half,
         0 if lora_up is None else lora_up.shape[1],
+        0 if lora_up is None else t.stride(0),
         m if gate is None else m // (gate.numel() // n),
     )
     return y

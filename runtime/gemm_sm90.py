@@ -161,7 +161,7 @@ def sparse_gemm(
     residual: Tensor | None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """y (M, N) of `ops.sparse_linear`. Operands are checked and contiguous; the rank is a multiple of 16.
+    """y (M, N) of `ops.sparse_linear`. Operands are checked; rows of t may be apart; rank % 16 == 0.
 
     tile: instead of the one `choose` takes.
     """
@@ -179,7 +179,7 @@ def sparse_gemm(
     maps = (
         _map(values, dtype, m, half, 32, part_m),
         _map(weight, dtype, n, 2 * half, 64, part_n),
-        _map(t, dtype, m, rank, 32, part_m) if rank else NO_MAP,
+        _map(t, dtype, m, rank, 32, part_m, rank if m == 1 else t.stride(0)) if rank else NO_MAP,
         _map(lora_up, dtype, n, rank, 32, part_n) if rank else NO_MAP,
         NO_MAP if residual is None else _map(residual, dtype, m, n, 64, 64),
     )
@@ -207,16 +207,22 @@ NO_MAP = bytes(128)
 
 
 def _map(
-    tensor: Tensor | None, dtype: torch.dtype, rows: int, columns: int, box_columns: int, box_rows: int
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    box_columns: int,
+    box_rows: int,
+    stride: int | None = None,
 ) -> bytes:
-    """Tensor map of a row-major matrix whose boxes are as wide as their swizzle."""
+    """Tensor map of a row-major matrix whose boxes are as wide as their swizzle. stride: between its rows."""
     assert tensor is not None
     size = dtype.itemsize
     return tensor_map(
         tensor.data_ptr(),
         dtype,
         (columns, rows),
-        (columns * size,),
+        ((stride or columns) * size,),
         (box_columns, box_rows),
         box_columns * size,
     )

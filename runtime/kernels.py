@@ -87,7 +87,7 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         if node.target is ops.sparse_linear:
             size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
             if size is not None:
-                tail = [options.get("gate"), options.get("residual")]
+                tail = options.get("gate"), options.get("residual")
                 units += _gemm_unit(size, args[4], options.get("activation", "none"), tail)
             continue
         producer, inputs = args[:2]

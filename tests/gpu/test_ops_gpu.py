@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from lynx_compile.runtime import build, kernels, layout, ops, semantics
+from lynx_compile.runtime import build, gemm_mma, kernels, layout, ops, semantics
 
 from .conftest import Operands, assert_rounded
 
@@ -81,6 +81,18 @@ def test_ops_against_the_definition(m, rank):
 def test_gemm_op_within_rounding():
     operands = Operands(700, 1040, 1024, rank=64, bias=True, activation="silu", samples=2, residual=True)
     assert_rounded(ops.sparse_linear(*operands.inputs(), **operands.options()), operands)
+
+
+@pytest.mark.parametrize("gemm", [gemm_mma.sparse_gemm, None])
+@pytest.mark.parametrize("m", [1, 200])
+def test_t_may_be_columns_of_a_wider_one(m, gemm, monkeypatch):
+    if gemm is not None:
+        monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: gemm)
+    layer = Layer(m=m, rank=32)
+    *compressed, t = ops.sparsify("identity", [layer.x], lora_down=layer.down.repeat(3, 1))
+    expected = ops.sparse_linear(*compressed, t[:, 32:64].contiguous(), layer.weight, lora_up=layer.up)
+    assert torch.equal(ops.sparse_linear(*compressed, t[:, 32:64], layer.weight, lora_up=layer.up), expected)
+    assert not torch.equal(ops.sparse_linear(*compressed, t[:, :0], layer.weight), expected)
 
 
 def test_empty_batch():
