@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .backend import rewrite, rt_lynx
     from .explanation import explain
     from .layers import LynxLinear, attach, detach
+    from .profile import apply_profile
     from .regional import compile_blocks
 
 # public name → module; imported on first use, so that the command line starts without torch
 _LAZY = {
     "LynxLinear": "layers",
+    "apply_profile": "profile",
     "attach": "layers",
     "compile_blocks": "regional",
     "detach": "layers",
@@ -26,6 +28,7 @@ _LAZY = {
 
 __all__ = [
     "LynxLinear",
+    "apply_profile",
     "attach",
     "clear_report",
     "compile_blocks",

@@ -182,9 +182,9 @@ class Resolved:
         def make(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=dtype)
 
-        return INPUTS[self.transformer](self._full_config(), step or self.step, make)
+        return INPUTS[self.transformer](self.full_config(), step or self.step, make)
 
-    def _full_config(self) -> dict[str, Any]:
+    def full_config(self) -> dict[str, Any]:
         """The config with the class's defaults filled in."""
         parameters = inspect.signature(transformer_class(self.transformer).__init__).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
