@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .launch import Kernel, empty, multiprocessors, tensor_map
+from .launch import TENSOR_MAP_BYTES, Kernel, empty, multiprocessors, tensor_map
 from .semantics import ACTIVATIONS
 
 SOURCE = "sparse_gemm_sm90.cu"
@@ -74,16 +74,21 @@ class Tile(NamedTuple):
         return -(-m // (self.m * self.cluster_m)), -(-n // (self.n * self.cluster_n))
 
 
-# Tiles with the dense-equivalent TFLOP/s each reaches when it fills the chip (docs/kernels.md).
+# Tiles with the dense-equivalent TFLOP/s that each reaches when it fills the chip (docs/kernels.md).
 RATES = {
-    Tile(consumers=2, blocks=2, n=192, cluster_m=2, cluster_n=1): 970,
-    Tile(consumers=2, blocks=1, n=256, cluster_m=2, cluster_n=1): 945,
-    Tile(consumers=3, blocks=1, n=192, cluster_m=2, cluster_n=1): 915,
-    Tile(consumers=2, blocks=1, n=192, cluster_m=2, cluster_n=1): 850,
-    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=2): 750,
-    Tile(consumers=2, blocks=1, n=64, cluster_m=1, cluster_n=2): 450,
+    Tile(consumers=2, blocks=2, n=192, cluster_m=2, cluster_n=1): 1000,
+    Tile(consumers=2, blocks=1, n=256, cluster_m=2, cluster_n=1): 975,
+    Tile(consumers=3, blocks=1, n=192, cluster_m=2, cluster_n=1): 945,
+    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=2): 930,
+    Tile(consumers=2, blocks=1, n=192, cluster_m=2, cluster_n=1): 860,
+    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=2): 715,
+    Tile(consumers=2, blocks=1, n=64, cluster_m=1, cluster_n=2): 475,
 }
 TILE_OVERHEAD = 2e-6  # seconds a tile takes beside its multiplications
+# The chip is bound by power: multiprocessors without a tile let the others run faster, up to the highest clock.
+# A part-empty wave therefore costs less than its share; these two numbers fit the measurements.
+IDLE_EXPONENT = 0.55
+CLOCK_HEADROOM = 1.4
 
 
 def _light(tile: Tile) -> bool:
@@ -93,16 +98,19 @@ def _light(tile: Tile) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, tail: bool, processors: int) -> Tile:
-    """The tile with the least predicted time: waves of tiles, each at the tile's measured rate.
+    """The tile with the least predicted time: its measured rate, less what the last wave leaves empty.
 
     tail: a gate or a residual follows.
     """
 
     def seconds(tile: Tile) -> float:
         rows, columns = tile.grid(m, n)
-        waves = -(-rows * columns // (processors // tile.cluster))
-        flops = 2.0 * tile.m * tile.n * k * processors
-        return waves * (flops / (RATES[tile] * 1e12) + TILE_OVERHEAD)
+        slots = processors // tile.cluster
+        waves = -(-rows * columns // slots)
+        flops = 2.0 * tile.m * tile.n * tile.cluster * rows * columns * k
+        idle = waves * slots / (rows * columns)
+        slowdown = max(idle**IDLE_EXPONENT, idle / CLOCK_HEADROOM)
+        return flops / (RATES[tile] * 1e12) * slowdown + waves * TILE_OVERHEAD
 
     return min((tile for tile in RATES if not (tail and _light(tile))), key=seconds)
 
@@ -168,46 +176,89 @@ def sparse_gemm(
     m, half = values.shape
     n = weight.shape[0]
     device, dtype = values.get_device(), values.dtype
-    processors = multiprocessors(device)
-    tail = gate is not None or residual is not None
-    if tile is None:
-        tile = choose(m, n, 2 * half, tail, processors)
     y = empty((m, n), dtype, device)
     rank = 0 if lora_up is None else lora_up.shape[1]
-    rows, columns = tile.grid(m, n)
-    part_m, part_n = tile.m // tile.cluster_n, tile.n // tile.cluster_m
-    maps = (
-        _map(values, dtype, m, half, 32, part_m),
-        _map(weight, dtype, n, 2 * half, 64, part_n),
-        _map(t, dtype, m, rank, 32, part_m, rank if m == 1 else t.stride(0)) if rank else NO_MAP,
-        _map(lora_up, dtype, n, rank, 32, part_n) if rank else NO_MAP,
-        NO_MAP if residual is None else _map(residual, dtype, m, n, 64, 64),
-    )
-    kernel(tile, dtype, activation, tail)(
+    kernel, grid, packed = _launch(
+        tile,
         device,
-        (min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1),
-        *maps,
+        dtype,
+        activation,
+        values.data_ptr(),
         metadata.data_ptr(),
         scale.data_ptr(),
+        t.data_ptr() if rank else 0,
+        weight.data_ptr(),
+        0 if lora_up is None else lora_up.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if gate is None else gate.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         y.data_ptr(),
         m,
         n,
-        2 * half // STEP_K,
-        -(-rank // LORA_STEP),
+        2 * half,
+        rank,
+        t.stride(0) if rank and m > 1 else rank,
         m if gate is None else m // (gate.numel() // n),
-        max(1, RASTER_ROWS // (tile.m * tile.cluster_m)),
-        int(residual is not None),
     )
+    kernel.launch(device, grid, packed)
     return y
 
 
-NO_MAP = bytes(128)
+@functools.lru_cache(maxsize=8192)
+def _launch(
+    tile: Tile | None,
+    device: int,
+    dtype: torch.dtype,
+    activation: str,
+    values: int,
+    metadata: int,
+    scale: int,
+    t: int,
+    weight: int,
+    lora_up: int,
+    bias: int,
+    gate: int,
+    residual: int,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    rank: int,
+    t_stride: int,
+    rows_per_sample: int,
+) -> tuple[Kernel, tuple[int, int, int], bytes]:
+    """Kernel, grid and packed parameters for operands at these addresses. Layers see the same ones again."""
+    processors = multiprocessors(device)
+    tail = bool(gate or residual)
+    if tile is None:
+        tile = choose(m, n, k, tail, processors)
+    rows, columns = tile.grid(m, n)
+    part_m, part_n = tile.m // tile.cluster_n, tile.n // tile.cluster_m
+    variant = kernel(tile, dtype, activation, tail)
+    packed = variant.pack(
+        _map(values, dtype, m, k // 2, 32, part_m),
+        _map(weight, dtype, n, k, 64, part_n),
+        _map(t, dtype, m, rank, 32, part_m, t_stride),
+        _map(lora_up, dtype, n, rank, 32, part_n),
+        _map(residual, dtype, m, n, 64, 64),
+        metadata,
+        scale,
+        bias,
+        gate,
+        y,
+        m,
+        n,
+        k // STEP_K,
+        -(-rank // LORA_STEP),
+        rows_per_sample,
+        max(1, RASTER_ROWS // (tile.m * tile.cluster_m)),
+        int(residual != 0),
+    )
+    return variant, (min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1), packed
 
 
 def _map(
-    tensor: Tensor | None,
+    pointer: int,
     dtype: torch.dtype,
     rows: int,
     columns: int,
@@ -215,11 +266,15 @@ def _map(
     box_rows: int,
     stride: int | None = None,
 ) -> bytes:
-    """Tensor map of a row-major matrix whose boxes are as wide as their swizzle. stride: between its rows."""
-    assert tensor is not None
+    """Tensor map of a row-major matrix whose boxes are as wide as their swizzle; blank for a null pointer.
+
+    stride: elements from row to row, where rows do not follow each other.
+    """
+    if not pointer:
+        return bytes(TENSOR_MAP_BYTES)
     size = dtype.itemsize
     return tensor_map(
-        tensor.data_ptr(),
+        pointer,
         dtype,
         (columns, rows),
         ((stride or columns) * size,),
