@@ -210,12 +210,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
     usual = _empty_strided is None or torch._C._cuda_getDevice() != device
     if usual or torch.are_deterministic_algorithms_enabled():  # which may ask for poisoned memory
         return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
-    stride = 1
-    strides: tuple[int, ...] = ()
-    for size in reversed(shape):
-        strides = (stride, *strides)
-        stride *= size
-    return _empty_strided(shape, strides, dtype)
+    return _empty_strided(shape, _strides(shape), dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
 
 
 def _parameter_struct(parameters: str) -> tuple[struct.Struct, list[int]]:
