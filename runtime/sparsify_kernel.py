@@ -26,6 +26,7 @@ MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA
 OUTPUTS_AT = 9 * 8  # where the pointers to values, metadata, scale and t are among the parameters
 MAX_CALLS = 4096  # checked calls that are remembered
 MAX_CLUSTER = 8  # the largest size every chip with clusters has
+MAX_STAGES = 4  # more make a block so large that the next kernel's does not fit beside it
 
 # Macro values of csrc/producers.cuh and csrc/activations.cuh.
 _PRODUCER_KINDS = {"identity": 0, "act": 1, "act_mul": 2, "layer_norm": 3, "rms_norm": 4, "cat": 5}
@@ -302,31 +303,42 @@ def plan(device: int, variant: Variant, m: int, k: int) -> Plan:
 def choose(variant: Variant, m: int, k: int, sms: int, clusters: bool, smem: int) -> Geometry:
     """Geometry for X (m, k) on a chip of `sms` multiprocessors with `smem` bytes of shared memory each.
 
-    Without LoRA a block takes few rows, so that all multiprocessors have work; with LoRA more, because each
-    block reads the weight of its columns once. `splits` makes up for what rows alone cannot fill.
+    Without LoRA a block takes few rows, so that all multiprocessors have work. With LoRA each block reads the
+    weight of its columns once, which speaks for more rows, and a cluster's blocks share the columns where
+    rows alone cannot fill the chip. Measured on an H200: `docs/kernels.md`.
     """
-    large = smem >= 160 * 1024
-    if variant.rank == 0 and (variant.producer.endswith("_norm") or not large):
-        row_warps, column_warps, blocks = 1, 8, 2
-    elif variant.rank == 0:
-        row_warps, column_warps, blocks = 1, 16, 1
-    elif variant.rank <= 64:
-        row_warps, column_warps, blocks = 4, 2, 2
+    if variant.rank:
+        wanted = [(2, 6, 1), (4, 2, 2)] if variant.rank <= 64 else [(4, 2, 1)]
     else:
-        row_warps, column_warps, blocks = 8 if large else 4, 1, 1
-    tiles = _row_tiles(m, row_warps)
-    splits = 1
-    while (
-        clusters
-        and splits < MAX_CLUSTER
-        and tiles * splits < sms * 3 // 4
-        and k >= 256 * splits * column_warps
-    ):
-        splits *= 2
-    stage = _stage_bytes(variant, row_warps, column_warps)
+        wanted = [(1, 16 if variant.producer == "identity" and not any(variant.storage) else 8, 2)]
+    shapes = [s for s in wanted if _blocks(variant, *s, smem)] or [(4, 1, 1) if variant.rank else (1, 8, 2)]
+    shapes = [(*s[:2], _blocks(variant, *s, smem)) for s in shapes]
+    chunks = k // layout.BLOCK_COLUMNS
+
+    def time(shape: tuple[int, int, int], splits: int) -> int:
+        """Of the busiest multiprocessor, in units of one warp's round: 0.13 µs on an H200 with rank 64."""
+        row_warps, column_warps, blocks = shape
+        grid = _row_tiles(m, row_warps) * splits
+        waves, slots = _ceil_div(grid, sms * blocks), sms * blocks
+        in_turn = _ceil_div(grid, sms) if grid <= slots else waves * blocks
+        rounds = _ceil_div(_ceil_div(chunks, splits), column_warps)
+        return in_turn * (rounds * row_warps * column_warps + (25 if splits == 1 else 32))
+
+    most = MAX_CLUSTER if clusters and (variant.rank or _row_tiles(m, shapes[0][0]) < sms) else 1
+    shape, splits = min(
+        ((shape, splits) for shape in shapes for splits in range(1, most + 1)), key=lambda c: time(*c)
+    )
+    row_warps, column_warps, blocks = shape
+    rounds = _ceil_div(_ceil_div(chunks, splits), column_warps)
     room = smem // blocks - _RESERVED_BYTES - _static_bytes(row_warps, column_warps)
-    rounds = _ceil_div(_ceil_div(k // layout.BLOCK_COLUMNS, splits), column_warps)
-    return Geometry(row_warps, column_warps, min(max(room // stage, 2), max(rounds, 3), 6), blocks, splits)
+    most_stages = room // _stage_bytes(variant, row_warps, column_warps)
+    return Geometry(row_warps, column_warps, min(most_stages, max(rounds, 3), MAX_STAGES), blocks, splits)
+
+
+def _blocks(variant: Variant, row_warps: int, column_warps: int, wanted: int, smem: int) -> int:
+    """How many blocks with at least two stages fit on a multiprocessor, `wanted` at most."""
+    stages = 2 * _stage_bytes(variant, row_warps, column_warps)
+    return min(wanted, smem // (stages + _static_bytes(row_warps, column_warps) + _RESERVED_BYTES))
 
 
 def _row_tiles(m: int, row_warps: int) -> int:
