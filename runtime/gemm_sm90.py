@@ -85,8 +85,8 @@ RATES = {
     Tile(consumers=2, blocks=1, n=64, cluster_m=1, cluster_n=2): 475,
 }
 TILE_OVERHEAD = 2e-6  # seconds a tile takes beside its multiplications
-# The chip is bound by power: multiprocessors without a tile let the others run faster, up to the highest clock.
-# A part-empty wave therefore costs less than its share; these two numbers fit the measurements.
+# The chip is bound by power: multiprocessors without a tile let the others run faster, up to the highest
+# clock. A part-empty wave therefore costs less than its share; these two numbers fit the measurements.
 IDLE_EXPONENT = 0.55
 CLOCK_HEADROOM = 1.4
 
