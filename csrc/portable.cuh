@@ -50,8 +50,11 @@ __device__ __forceinline__ void dependency_release() {
 // Barrier over all blocks of a cluster, ordering their shared memory.
 template <int kBlocks> __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (kBlocks > 1) asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    else __syncthreads();
+    if constexpr (kBlocks > 1) {
+        asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    } else {
+        __syncthreads();
+    }
 #else
     static_assert(kBlocks == 1, "clusters exist from sm_90 on");
     __syncthreads();

@@ -20,7 +20,7 @@ from .launch import Kernel, empty, multiprocessors
 
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
-PARAMETERS = "P" * 13 + "q" * 6 + "i" * 8 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify.cu
+PARAMETERS = "P" * 13 + "q" * 6 + "i" * 8 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify_tile.cuh
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
 OUTPUTS_AT = 9 * 8  # where the pointers to values, metadata, scale and t are among the parameters
