@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 SECONDS = 0.3
+WARM_SHARE = 0.3  # of `seconds`, in front and not counted
 GRAPH_MS = 4.0  # about how long one replay of a graph of calls takes
 L2_MULTIPLE = 3  # rotating inputs together are this many times the L2 cache
 MAX_SETS = 24
@@ -45,7 +46,9 @@ def median_ms(calls: Sequence[Callable[[], Any]], seconds: float = SECONDS) -> f
     once = _elapsed_ms(lambda: [call() for call in calls]) / len(calls)
     rounds = max(round(GRAPH_MS / max(once * len(calls), 1e-3)), 1)
     run, count = _repeated(calls, rounds), rounds * len(calls)
-    _elapsed_ms(run)  # the first replay uploads the graph
+    warm = 0.0
+    while warm < seconds * WARM_SHARE * 1e3:  # until clocks are those of this load, and the graph is uploaded
+        warm += _elapsed_ms(run)
     times: list[float] = []
     while len(times) < 5 or sum(times) < seconds * 1e3:
         times.append(_elapsed_ms(run))

@@ -16,6 +16,8 @@ app = typer.Typer(
     help="Measure GEMMs and denoising steps against what else can be switched on.",
 )
 
+Commit = Annotated[str | None, typer.Option(envvar="LYNX_COMMIT", help="What to record as the commit.")]
+
 
 class Shapes(str, Enum):
     """Which M, N, K."""
@@ -40,7 +42,7 @@ def gemm(
     chains: Annotated[bool, typer.Option(help="Also producers fused into the layer.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here.")] = None,
-    commit: Annotated[str | None, typer.Option(help="What to record as the commit.")] = None,
+    commit: Commit = None,
 ) -> None:
     """Linear layers: sparsify + norm + LoRA + sparse GEMM against cuBLAS, PyTorch, cuSPARSELt and fp8."""
     from rich.console import Console
@@ -90,7 +92,7 @@ def step(
     seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 1.0,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write stacked bars here.")] = None,
-    commit: Annotated[str | None, typer.Option(help="What to record as the commit.")] = None,
+    commit: Commit = None,
 ) -> None:
     """One denoising step at production geometry (random weights): eager, Inductor, fp8, rt_lynx."""
     import logging
