@@ -25,34 +25,47 @@ from torch import fx
 from . import cost
 from .options import Options
 from .passes import Linear
-from .passes.graph import CASTS, ROW_MAJOR_VIEWS, arg, bounds, expression, hint, kind, real_users, tensor
+from .passes.graph import (
+    CASTS,
+    ROW_MAJOR_VIEWS,
+    arg,
+    bounds,
+    expression,
+    hint,
+    kind,
+    real_users,
+    skip_row_views,
+    tensor,
+)
 from .passes.site import rank_of
 from .runtime import kernels
 
 NO_KERNELS = "no kernels"  # how every reason of `kernels.unavailable_reason` starts
 DEFAULT_MIN_TOKENS = 256  # for devices without a measured table
 
+_ATTENTION_OUTPUT = "attention output"
 # Words in a layer's name, one dotted part each, as diffusers and its relatives spell them.
 _NAMED_DEFAULTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (reason, re.compile(pattern))
     for reason, pattern in (
         (
             "modulation",
-            r"(^|\.)(\w*norm\w*|\w*modulation\w*|\w*_mod|mod|adaln\w*|adaLN\w*|linear_modulation)(\.\d+)?"
+            r"(^|\.)(distilled_guidance_layer)(\.|$)|"
+            r"(^|\.)(\w*norm\w*|\w*modulation\w*|\w*_mod|mod|adaln\w*|adaLN\w*)(\.\d+)?"
             r"(\.(linear|lin|proj|emb|silu|1|fc|linear_1|linear_2|\w*embedder))*$",
         ),
         (
             "embedder",
-            r"(^|\.)(\w*embed\w*|\w*_in|img_in|txt_in|proj_in|patchify\w*|caption_projection|text_proj\w*"
-            r"|time_proj\w*|condition_proj\w*|adapter_in|image_proj\w*|t_block)(\.|$)",
+            r"^(\w+_in)(\.|$)|(^|\.)(\w*embed\w*|patchify\w*|caption_projection|text_proj\w*"
+            r"|time_proj\w*|condition_proj\w*|image_proj\w*|t_block)(\.|$)",
         ),
         (
             "text stream of a dual-stream block",
             r"(^|\.)(add_[qkv]_proj|to_add_out|add_qkv_proj|to_added_qkv|ff_context|norm1_context|txt_\w+|"
-            r"\w+_context|context_\w+|text_\w+|encoder_\w+_proj|caption_\w+)(\.|$)",
+            r"\w+_context|context_\w+|text_\w+|encoder_\w+_proj|caption_\w+|to_[qkv]_t|to_out_t|ff_t)(\.|$)",
         ),
         (
-            "attention output",
+            _ATTENTION_OUTPUT,
             r"(^|\.)(to_out|out_proj|o_proj|attn_out|attention_out|wo)(\.\d+)?$|(^|\.)\w*att\w*\.(proj|o|out)$",
         ),
     )
@@ -61,7 +74,7 @@ _CROSS_ATTENTION_TEXT = re.compile(
     r"(^|\.)(attn2|cross_attn\w*|crossattn\w*)\.(to_k|to_v|k|v|kv|to_kv|\w*kv\w*)$"
 )
 _FINAL = re.compile(
-    r"^(proj_out|final_layer(\.\w+)*|head(\.\w+)*|out|norm_out(\.\w+)*|output_proj\w*|final_proj\w*)$"
+    r"^(proj_out\w*|(all_)?final_layer(\..+)?|head(\..+)?|out|norm_out(\..+)?|output_proj\w*|final_proj\w*)$"
 )
 _CONDITIONING_ROWS = 64  # a two-dimensional input with fewer rows is one row per sample, not tokens
 
@@ -134,13 +147,13 @@ def safe_default(linear: Linear, tokens_first: bool = True) -> str | None:
     if _FINAL.match(name) and not _added_to(linear.node):
         return "final projection"
     for reason, pattern in _NAMED_DEFAULTS:
-        if pattern.search(name):
+        if pattern.search(name) and not (reason == _ATTENTION_OUTPUT and _reads_concatenation(linear.x)):
             return reason
     if _CROSS_ATTENTION_TEXT.search(name):
         return "text tokens of a cross-attention"
     if _reads_attention(linear.x):
-        return "attention output"
-    if tokens_first and _rank(linear.x) <= 2 and hint(linear.m) < _CONDITIONING_ROWS:
+        return _ATTENTION_OUTPUT
+    if _rank(linear.x) <= 2 and hint(linear.m) < (_CONDITIONING_ROWS if tokens_first else 2):
         return "modulation: one row a sample"
     return None
 
@@ -162,6 +175,16 @@ def _reads_attention(node: fx.Node) -> bool:
     while kind(node) in _MOVES:
         node = arg(node, "input")
     return kind(node) == "sdpa"
+
+
+def _reads_concatenation(node: fx.Node) -> bool:
+    """Parallel blocks project attention and MLP by one layer: most of it is the MLP's down projection."""
+    node = skip_row_views(node)
+    return (
+        kind(node) == "cat"
+        and len(arg(node, "tensors")) == 2
+        and arg(node, "dim", 0) in (-1, _rank(node) - 1)
+    )
 
 
 def _least_tokens(linear: Linear, options: Options, readers: int) -> int | None:

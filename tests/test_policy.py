@@ -1,0 +1,106 @@
+"""The safe defaults, on the names and graphs of real models."""
+
+import pytest
+import torch
+from torch import nn
+
+import lynx_compile
+from lynx_compile.policy import _NAMED_DEFAULTS
+
+NAMES = {
+    "modulation": [
+        "transformer_blocks.3.norm1.linear",
+        "single_transformer_blocks.0.norm.linear",
+        "transformer_blocks.0.img_mod.1",
+        "double_stream_modulation_img.linear",
+        "layers.0.adaLN_modulation.0",
+        "adaln_single.emb.timestep_embedder.linear_1",
+        "distilled_guidance_layer.layers.2.linear_1",
+    ],
+    "embedder": [
+        "x_embedder",
+        "img_in",
+        "time_text_embed.timestep_embedder.linear_2",
+        "caption_projection.linear_1",
+    ],
+    "text stream of a dual-stream block": [
+        "transformer_blocks.0.attn.add_k_proj",
+        "transformer_blocks.0.ff_context.net.0.proj",
+        "transformer_blocks.0.txt_mlp.net.2",
+        "attn.to_add_out",
+        "context_refiner.0.attn.to_q",
+        "block.ff_t.w1",
+    ],
+    "attention output": [
+        "blocks.0.attn1.to_out.0",
+        "attn.to_out.0",
+        "attention.o_proj",
+        "blocks.2.attn.proj",
+    ],
+    None: [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.ff.net.0.proj",
+        "transformer_blocks.0.ff.net.2",
+        "transformer_blocks.0.ff.linear_in",
+        "single_transformer_blocks.0.proj_mlp",
+        "single_transformer_blocks.0.proj_out",
+        "transformer_blocks.0.img_mlp.net.2",
+        "layers.0.feed_forward.w1",
+        "blocks.0.ffn.net.2",
+        "attn.to_qkv_mlp_proj",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [(wanted, name) for wanted, names in NAMES.items() for name in names]
+)
+def test_named_defaults(wanted, name):
+    found = next((reason for reason, pattern in _NAMED_DEFAULTS if pattern.search(name)), None)
+    assert found == wanted
+
+
+class Parallel(nn.Module):
+    """Attention and MLP side by side, joined by one layer, as in FLUX.2's single-stream blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_qkv, self.up = nn.Linear(64, 192), nn.Linear(64, 128)
+        self.to_out, self.proj_out = nn.Linear(192, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+        attention = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj_out(x + self.to_out(torch.cat([attention, nn.functional.silu(self.up(x))], -1)))
+
+
+def test_a_layer_that_joins_attention_and_mlp_is_no_attention_output():
+    torch._dynamo.reset()
+    lynx_compile.clear_report()
+    model = Parallel().eval().requires_grad_(False)
+    options = {"rest": "eager", "emulate": True, "strict": True}
+    torch.compile(model, backend="rt_lynx", options=options)(torch.randn(2, 5, 64))
+    rows = {row.name: row for row in lynx_compile.report().rows}
+    assert rows["to_out"].decision == "sparse"
+    assert rows["to_out"].pattern == "cat_silu → linear"
+    assert rows["proj_out"].reason == "safe default: final projection"
+
+
+def test_attention_output_is_found_by_what_it_reads():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_qkv, self.last = nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x):
+            q, k, v = self.to_qkv(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+            return self.last(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch._dynamo.reset()
+    lynx_compile.clear_report()
+    options = {"rest": "eager", "emulate": True, "strict": True}
+    torch.compile(Attention().requires_grad_(False), backend="rt_lynx", options=options)(
+        torch.randn(2, 5, 64)
+    )
+    assert [row.decision for row in lynx_compile.report().rows] == ["sparse", "dense"]
+    assert lynx_compile.report().rows[1].reason == "safe default: attention output"
