@@ -60,7 +60,8 @@ class Case:
         self.pruned = torch.where(semantics.keep_mask(x.abs()), x, torch.zeros_like(x))
         self.values, self.metadata = layout.pack(self.pruned, semantics.keep_mask(x.abs()))
         self.scale = 0.5 + torch.rand(m, generator=self.generator, device="cuda")
-        self.t = self.normal(m, rank)
+        beside = 16 * (seed % 2)  # t may be columns of a wider matrix
+        self.t = self.normal(m, beside + rank + beside)[:, beside : beside + rank]
         self.weight = self.normal(n, k, scale=k**-0.5)
         self.options = {
             "lora_up": self.normal(n, rank, scale=rank**-0.5) if rank else None,
