@@ -1,13 +1,15 @@
 """The step benchmark without a GPU: what it switches on, what it undoes, what it counts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from lynx_compile import models
 from lynx_compile.bench import step, step_report
-from lynx_compile.bench.split import kind_of, total_ms
+from lynx_compile.bench.split import kind_of, split_ms, total_ms
 from lynx_compile.layers import LynxLinear
 from tests import zoo
 
@@ -38,6 +40,14 @@ def test_kernels_are_told_apart_by_name(kernel, kind):
 def test_split_sums_nanoseconds_by_kind():
     totals = total_ms([("sparse_gemm", 2_000_000), ("nvjet_x", 500_000), ("sparsify", 250_000)])
     assert totals == {"sparsify_ms": 0.25, "attention_ms": 0.0, "gemm_ms": 2.5, "elementwise_ms": 0.0}
+
+
+def test_split_reads_the_profiler():
+    a = torch.randn(256, 256)
+    with torch.no_grad():
+        totals = split_ms(lambda: torch.nn.functional.gelu(a @ a))
+    assert sum(totals.values()) > 0
+    assert totals["sparsify_ms"] == 0
 
 
 def test_branches_go_where_tokens_go():
@@ -95,6 +105,38 @@ def test_paper_skips_name_layers_of_the_models():
         linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
         for skip in skips:
             assert sum(first_match(path, [skip]) is not None for path in linears) >= 30
+
+
+def test_a_run_keeps_rows_as_they_come_and_survives_a_failing_backend(monkeypatch):
+    small = {"num_attention_heads": 1, "joint_attention_dim": 64, "num_single_layers": 1}
+    known = models.KNOWN["flux"]
+    monkeypatch.setitem(models.KNOWN, "flux", replace(known, config={**known.config, **small}))
+    emulated = step.Backend("emulated", lynx=True, lora=True, options=EMULATED)
+    broken = step.Backend("broken", inductor=True)
+    monkeypatch.setattr(
+        step, "BACKENDS", {"eager": step.Backend("eager"), "emulated": emulated, "broken": broken}
+    )
+
+    def measure(model, inputs, seconds):
+        if not calls:
+            calls.append("the broken one")
+            raise RuntimeError("out of memory")
+        with torch.no_grad():
+            model(**inputs)
+        return {"step_ms": 10.0}
+
+    calls, told, kept = [], [], []
+    monkeypatch.setattr(step, "measure", measure)
+    rows = step.run(
+        ["flux"], resolutions=[64], backends=["broken", "eager", "emulated"], rank=16, device="cpu",
+        layers={"num_layers": 1}, progress=told.append, keep=lambda rows: kept.append(len(rows)),
+    )  # fmt: skip
+    assert "flux: broken has no figures: out of memory" in told
+    assert [row["backend"] for row in rows] == ["eager", "emulated"]
+    assert kept == [0, 1, 2]
+    assert [row["lora_rank"] for row in rows] == [0, 16]
+    assert rows[0]["sparse_flops_share"] == 0
+    assert rows[1]["sparse_flops_share"] > 0.1
 
 
 def test_unknown_backend_is_named():

@@ -23,11 +23,25 @@ def kind_of(kernel: str) -> str:
 
 
 def split_ms(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of one call by kind of kernel, from the CUDA activities of the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    """Milliseconds of one call by kind of kernel, as the profiler saw them on the GPU (ops, without one)."""
+    on_gpu = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
         call()
-        torch.cuda.synchronize()
-    return total_ms((event.name, event.duration_ns()) for event in _kernels(profile))
+        if on_gpu:
+            torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    recorded: Any = profile.profiler
+    return total_ms(
+        (event.name(), event.duration_ns())
+        for event in recorded.kineto_results.events()
+        if event.device_type() == device and not _is_annotation(event)
+    )
+
+
+def _is_annotation(event: Any) -> bool:
+    """Ranges that frame kernels on the GPU's time line: a compiled region, a record_function."""
+    return event.is_user_annotation() or event.name().startswith(("## ", "Torch-Compiled Region"))
 
 
 def total_ms(kernels: Iterable[tuple[str, int]]) -> dict[str, float]:
@@ -36,11 +50,3 @@ def total_ms(kernels: Iterable[tuple[str, int]]) -> dict[str, float]:
     for name, nanoseconds in kernels:
         totals[kind_of(name)] += nanoseconds / 1e6
     return totals
-
-
-def _kernels(profile: torch.profiler.profile) -> list[Any]:
-    result: Any = profile.profiler
-    on_device = [
-        e for e in result.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA
-    ]
-    return [event for event in on_device if event.duration_ns() > 0]

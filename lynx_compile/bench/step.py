@@ -106,7 +106,7 @@ def run(
 
     progress: told what goes on. keep: given all rows so far after each backend.
     layers: overrides of a config's layer counts, as {"num_layers": 2}: smaller models for tests.
-    Raises ValueError for an unknown backend and RuntimeError for one that is not installed.
+    A backend that fails is told to `progress` and has no row. Raises ValueError for an unknown backend.
     """
     unknown = [name for name in backends if name not in BACKENDS]
     if unknown:
@@ -125,19 +125,24 @@ def run(
         inputs = [(step, known.inputs(step, device)) for step in points]
         for backend in (BACKENDS[name] for name in backends):
             progress(f"{name}: {backend.name}")
-            with compiled(model, backend, rank), sdpa_kernel(ATTENTION, set_priority=True):
-                for step, example in inputs:
-                    row = {
-                        "model": name,
-                        "resolution": step.width,
-                        "batch": step.batch,
-                        "backend": backend.name,
-                        "lora_rank": rank if backend.lora else 0,
-                        **measure(model, example, seconds),
-                        "sparse_flops_share": sparse_share(model, example) if backend.lynx else 0.0,
-                    }
-                    rows.append(row)
-                    progress(f"{name}: {backend.name}: {row['step_ms']:.1f} ms")
+            try:
+                with compiled(model, backend, rank), sdpa_kernel(ATTENTION, set_priority=True):
+                    for step, example in inputs:
+                        row = {
+                            "model": name,
+                            "resolution": step.width,
+                            "batch": step.batch,
+                            "backend": backend.name,
+                            "lora_rank": rank if backend.lora else 0,
+                            **measure(model, example, seconds),
+                            "sparse_flops_share": sparse_share(model, example) if backend.lynx else 0.0,
+                        }
+                        rows.append(row)
+                        progress(f"{name}: {backend.name}: {row['step_ms']:.1f} ms")
+            except RuntimeError as error:  # not installed, out of memory, does not compile: the others go on
+                progress(
+                    f"{name}: {backend.name} has no figures: {str(error).strip() or type(error).__name__}"
+                )
             _add_speedups(rows)
             keep(rows)
             if backend.fp8:  # quantised in place

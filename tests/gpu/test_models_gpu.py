@@ -5,6 +5,9 @@ import torch
 
 import lynx_compile
 from lynx_compile.bench.step import attach_random_branches
+
+pytest.importorskip("diffusers")
+
 from tests import zoo
 
 OPTIONS = {"rest": "eager", "strict": True, "min_tokens": 0, "only": ["*_blocks.*", "layers.*"]}
