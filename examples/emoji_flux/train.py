@@ -3,13 +3,13 @@
     python examples/emoji_flux/prepare.py
     python examples/emoji_flux/train.py --minutes 8          # about eight minutes of one data-centre GPU
 
-Training is bounded by the clock: warm-up, then a cosine to zero over `--minutes`. A run that was stopped goes on
-where its last checkpoint was (`--out` names the run's folder); `--init` starts a new one from trained weights. The
-EMA weights are written as a pipeline folder beside the checkpoint, `<out>/model`, in bf16.
+Training is bounded by the clock: warm-up, then a cosine to zero over `--minutes`. A run that was stopped
+goes on where its last checkpoint was (`--out` names the run's folder); `--init` starts a new one from trained
+weights. The EMA weights are written as a pipeline folder beside the checkpoint, `<out>/model`, in bf16.
 
     x_σ = (1 − σ)·x + σ·ε,   v = ε − x,   loss = ‖v̂(x_σ, σ, text) − v‖²,   σ = sigmoid(n), n ~ N(m, 1)
 
-The matrices of the blocks are trained with Muon, everything else (modulation, embedders, norms, biases) with AdamW.
+The matrices of the blocks are trained with Muon; modulation, embedders, norms and biases with AdamW.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from captions import captions_of
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from PIL import Image
 from pipeline import PATCH, EmojiFluxPipeline, encode, load_text_encoder, patchify, position_ids
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +48,7 @@ HELD_OUT = 50  # every 50th (emoji, style) pair is kept from training, for the v
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 100
 
-# What people ask for most is shown most: the many near-equal flags, people and signs less often than the rest.
+# What people ask for most is shown most: the many near-equal flags, people and signs less often.
 CATEGORY_WEIGHTS = {"Flags": 0.3, "People & Body": 0.4, "Symbols": 0.5, "Component": 0.1}
 
 # Every width is a multiple of 64, so that every linear layer of the blocks can be 2:4 sparse.
@@ -90,7 +97,9 @@ class Corpus:
     def __init__(self, archive: Path, device: torch.device, limit: int | None = None):
         with zipfile.ZipFile(archive) as folder:
             rows = [json.loads(line) for line in folder.read("metadata.jsonl").decode().splitlines()][:limit]
-            pixels = np.stack([np.asarray(Image.open(io.BytesIO(folder.read(row["file_name"])))) for row in rows])
+            pixels = np.stack(
+                [np.asarray(Image.open(io.BytesIO(folder.read(row["file_name"])))) for row in rows]
+            )
         # uint8 patches; they become floats a batch at a time
         self.tokens = patchify(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()).to(device, torch.uint8)
         texts, self.first, self.count = [""], [], []
@@ -149,7 +158,7 @@ def build(device: torch.device, init: str = "") -> FluxTransformer2DModel:
 
 
 def optimizers(model: torch.nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' weight matrices, AdamW for the rest, at one learning rate (Muon's is RMS-matched)."""
+    """Muon for the blocks' matrices, AdamW for the rest, at one learning rate (Muon's is RMS-matched)."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         hidden = "blocks." in name and ".norm" not in name and parameter.ndim == 2
@@ -163,7 +172,11 @@ def optimizers(model: torch.nn.Module, config: Config) -> list[torch.optim.Optim
 
 
 def flow_loss(
-    model: torch.nn.Module, batch: Batch, ids: tuple[Tensor, Tensor], noise_mean: float, generator: torch.Generator
+    model: torch.nn.Module,
+    batch: Batch,
+    ids: tuple[Tensor, Tensor],
+    noise_mean: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """Mean squared error of the velocity at one random σ a picture."""
     clean = batch.tokens
@@ -253,7 +266,9 @@ class Run:
             "pictures_seen": self.pictures_seen,
             "seconds": round(self.seconds, 1),
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or "cpu",
-            "peak_memory_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 1) if cuda else None,
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 1)
+            if cuda
+            else None,
             "torch": torch.__version__,
             "log": self.log,
         }
@@ -301,10 +316,14 @@ class Run:
                 losses.append(self.update())
                 self.seconds = time.perf_counter() - began
                 if self.step % LOG_STEPS == 0:
-                    loss = torch.stack(list(losses)).mean().item()  # waits for the device, so the clock is honest
+                    loss = (
+                        torch.stack(list(losses)).mean().item()
+                    )  # waits for the device, so the clock is honest
                     self.seconds = time.perf_counter() - began
                     rate = self.pictures_seen / self.seconds
-                    self.log.append({"step": self.step, "seconds": round(self.seconds, 1), "loss": round(loss, 5)})
+                    self.log.append(
+                        {"step": self.step, "seconds": round(self.seconds, 1), "loss": round(loss, 5)}
+                    )
                     note = f"step {self.step}  loss {loss:.4f}  {rate:.0f} pictures/s"
                     progress.update(bar, completed=round(self.seconds), description=note)
                 if time.perf_counter() - saved > CHECKPOINT_SECONDS:
@@ -319,7 +338,9 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     defaults = Config()
     for name, default in asdict(defaults).items():
         flag = f"--{name.replace('_', '-')}"
@@ -334,13 +355,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
-    # cuDNN's attention backward reads out of bounds on these shapes (torch 2.11, H200: illegal memory access)
+    # cuDNN's attention backward fails on these shapes (torch 2.11, H200: illegal memory access)
     torch.backends.cuda.enable_cudnn_sdp(False)
     config = Config(**{name: getattr(args, name) for name in asdict(defaults)})
     run = Run(config, Corpus(args.data, torch.device(args.device), args.pictures), args.out)
     run.train(args.max_steps)
-    figures = run.figures()
-    print(f"{figures['steps']} steps, {figures['seconds']:.0f} s, {run.log[-1] if run.log else 'nothing logged'}")
+    last = run.log[-1] if run.log else "nothing logged"
+    print(f"{run.step} steps, {run.seconds:.0f} s, {last}")
     print(args.out / "model")
 
 
