@@ -275,11 +275,11 @@ def layer_name(node: fx.Node, weight: Any) -> str:
             and issubclass(module, nn.Module)
             and (issubclass(module, (nn.Linear, nn.modules.conv._ConvNd)) or "Linear" in module.__name__)
         ):
-            return normalize_name(path)
+            return normalize_name(path) or node.name
     source = _parameter_name(weight)
     if source:
-        return normalize_name(source.removesuffix(".weight"))
-    return normalize_name(list(stack.values())[-1][0]) if stack else node.name
+        return re.sub(r"(^|\.)weight$", "", normalize_name(source)) or node.name
+    return (normalize_name(list(stack.values())[-1][0]) if stack else "") or node.name
 
 
 def _is_parameter(node: Any) -> bool:
