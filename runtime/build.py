@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import platformdirs
+import torch
 
 from .. import csrc
 
@@ -192,9 +193,12 @@ def _nvrtc() -> Any:
 
         nvrtc.nvrtcVersion()  # loads the library
     except Exception as error:  # not installed, or installed without its library
+        # The bindings find only the NVRTC of their own major version, which has to be that of torch's wheels.
+        version = torch.version.cuda
+        pin = "nvidia-cuda-nvrtc" if version is None else f"'cuda-bindings=={version.split('.')[0]}.*'"
         raise CompileError(
             f"NVRTC, which compiles the kernels, could not be loaded ({error}); "
-            "pip install 'lynx-compile[cuda]' beside a CUDA build of torch, or nvidia-cuda-nvrtc without one"
+            f"pip install 'lynx-compile[cuda]' {pin}"
         ) from error
     return nvrtc
 
