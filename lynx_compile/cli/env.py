@@ -10,7 +10,7 @@ app = typer.Typer()
 
 PACKAGES = (
     *("lynx-compile", "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "torchao"),
-    *("cuda-core", "cuda-bindings", "safetensors", "numpy", "sympy"),
+    *("cuda-bindings", "nvidia-cuda-nvrtc", "safetensors", "numpy", "sympy"),
 )
 VARIABLE_PREFIXES = ("LYNX_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "TRITON_", "DIFFUSERS_")
 
