@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ def test_seed(seed):
 
 def test_command_line_counts_graphs():
     command = [sys.executable, "-m", "tests.fuzz", "--seconds", "60", "--count", "3", "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.startswith("3 graphs checked in ")
     assert "0 failures" in done.stdout
