@@ -6,6 +6,14 @@ import torch
 from lynx_compile.runtime import layout, semantics
 
 
+def pytest_collection_modifyitems(items):
+    """No GPU, no GPU tests."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Fresh memory holds NaN and the largest integers, so that an element nobody wrote shows."""
