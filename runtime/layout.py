@@ -35,8 +35,10 @@ def pack(pruned: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """
     m, k = pruned.shape
     blocks, columns, _ = metadata_shape(m, k)
-    index = keep.unflatten(-1, (-1, GROUP)).to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
-    index = index[..., :KEPT]  # the stable sort leaves kept indices first, in ascending order
+    k0, k1, k2, k3 = keep.unflatten(-1, (-1, GROUP)).unbind(-1)
+    # two are kept, so the first is among 0, 1, 2 and the second among 1, 2, 3
+    first, second = torch.where(k0, 0, torch.where(k1, 1, 2)), torch.where(k3, 3, torch.where(k2, 2, 1))
+    index = torch.stack([first, second], -1)
     values = pruned.unflatten(-1, (-1, GROUP)).gather(-1, index).flatten(-2)
     nibbles = torch.full((blocks * BLOCK_ROWS, k // GROUP), 0b0100, dtype=torch.int64, device=pruned.device)
     nibbles[:m] = index[..., 0] | index[..., 1] << 2
