@@ -24,6 +24,7 @@ from .emulation import emulate
 from .statistics import Hooks
 from .workload import Workload, first_tensor
 
+MAX_NORM = 1.0  # of the gradient of all factors together
 Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]  # positional and keyword arguments, dense velocity
 
 
@@ -41,6 +42,31 @@ def record(workload: Workload, quiet: bool = False) -> list[Call]:
     finally:
         handle.remove()
     return calls
+
+
+def split_calls(calls: list[Call], samples: int, seed: int = 0) -> list[Call]:
+    """Each call cut into smaller ones of `samples` random samples; a remainder is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    smaller: list[Call] = []
+    for args, kwargs, velocity in calls:
+        batch = velocity.shape[0]
+        for chosen in torch.randperm(batch, generator=generator).split(samples):
+            if len(chosen) == samples:
+                index = chosen.to(velocity.device)
+                smaller.append(
+                    (
+                        tuple(_samples(value, index, batch) for value in args),
+                        {name: _samples(value, index, batch) for name, value in kwargs.items()},
+                        velocity[index],
+                    )
+                )
+    return smaller
+
+
+def _samples(value: Any, index: Tensor, batch: int) -> Any:
+    """Rows of what holds one a sample; ids, flags and the like are shared."""
+    per_sample = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+    return value[index] if per_sample else value
 
 
 @dataclass
@@ -189,7 +215,9 @@ def distill_jointly(
                 loss = _velocity_loss(model, calls[index])
                 loss.backward()
             training += float(loss.detach())
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(factors.parameters(), MAX_NORM)
+            if bool(torch.isfinite(norm)):
+                optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             if step % check_every == 0 or step == steps:

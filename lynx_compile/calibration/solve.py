@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .statistics import Moments
 
-RIDGE = 1e-5  # added to G's diagonal, relative to its mean: what fp32 sums and unseen directions call for
+RIDGE = 1e-4  # relative to each channel's own energy: well above what fp32 sums leave of rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,9 @@ def lora_branches(moments: Moments, shift: Tensor | None, weight: Tensor, max_ra
 
 
 def _ridged(gram: Tensor) -> Tensor:
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    return gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    """G + ridge · diag(G): rounding in Σ z_i·z_j is relative to the two channels' norms."""
+    energy = gram.diagonal()
+    return gram + torch.diag(RIDGE * energy + 1e-12 * energy.mean() + torch.finfo(gram.dtype).tiny)
 
 
 def _leading(p: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,14 +18,21 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji_flux"
 
 
 def load_emoji_pipeline(path: str | Path | None = None, **kwargs: Any) -> Any:
-    """The example's `EmojiFluxPipeline`; kwargs as for its `from_pretrained`, path another model folder.
+    """The example's `EmojiFluxPipeline`; kwargs as for its `from_pretrained`.
 
-    Raises FileNotFoundError outside a checkout of the project: the example is not part of the installed
-    package.
+    path: the example's folder in a checkout of the project, or another model folder in the same layout.
+    Raises FileNotFoundError when neither this package runs from a checkout nor path names an example's
+    folder: the example is not part of the installed package.
     """
-    file = EXAMPLE / "pipeline.py"
+    example = EXAMPLE
+    if path is not None and (Path(path) / "pipeline.py").is_file():
+        example, path = Path(path), Path(path) / "model"
+    file = example / "pipeline.py"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: the emoji model comes with a checkout of the project")
+        raise FileNotFoundError(
+            f"{file} is missing: the emoji model comes with a checkout of the project; "
+            "give the path of its folder examples/emoji_flux"
+        )
     spec = importlib.util.spec_from_file_location("emoji_flux_pipeline", file)
     assert spec is not None
     assert spec.loader is not None

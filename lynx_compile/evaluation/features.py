@@ -35,7 +35,7 @@ class FeatureNet:
             raise ImportError("reading the feature net needs onnx: pip install onnx") from error
         model = onnx.load(str(path or _packaged()))
         self.weights = {
-            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(device)
+            tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()).float().to(device)
             for tensor in model.graph.initializer
         }
         self.nodes = []

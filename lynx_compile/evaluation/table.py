@@ -94,6 +94,11 @@ class Table:
             handle.remove()
         return torch.cat(out)
 
+    @staticmethod
+    def samples_of(workload: Workload) -> Tensor:
+        """The dense model's final samples of a workload, (P, ...), fp32."""
+        return torch.cat([workload.run(batch).float() for batch in range(len(workload))])
+
     def share(self, layers: Mapping[str, Forward], dense_steps: int) -> float:
         """Of all linear FLOPs × steps, those in sparse layers."""
         flops = {

@@ -7,7 +7,8 @@ along K are kept by score. SLiM returns a low-rank branch beside it.
     Wanda      |W_ij| · ‖X_j‖₂                                                          (Sun et al. 2024)
     RIA        (|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^½                     (Zhang et al. 2024)
     BaWA       (|W_ij| / ‖W_:j‖₂^α + |W_ij| / ‖W_i:‖₂^β) · ‖X_j‖₂^γ, α, β, γ searched   (Liu et al. 2025)
-    SLiM       Wanda, then the branch that minimises ‖diag(x̄)·(ΔW − BA)ᵀ‖_F            (Mozaffari et al. 2025)
+    SLiM       Wanda, then the branch that minimises ‖diag(x̄)·(ΔW − BA)ᵀ‖_F            (Mozaffari et al.
+    2025)
 
 SLiM is taken without its weight quantisation, which has nothing to do with sparsity.
 """

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..runtime import semantics
+from ..runtime import kernels, ops, semantics
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,29 @@ class Branch:
         return replace(self, **moved)
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        y = self._kernels(module, x) if self._has_kernels(x) else self._definition(module, x)
+        y = y.reshape(*x.shape[:-1], -1)
+        if self.dense_tokens and x.dim() == 3:
+            text = F.linear(x[:, : self.dense_tokens], module.weight, module.bias)
+            y = torch.cat([text, y[:, self.dense_tokens :]], dim=1)
+        return y
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        return not torch.is_grad_enabled() and kernels.unavailable_reason(x.device, x.dtype) is None
+
+    def _kernels(self, module: nn.Linear, x: Tensor) -> Tensor:
+        values, metadata, scale, t = ops.sparsify(
+            "identity",
+            [x],
+            shift=self.shift,
+            score=self.score,
+            lora_down=self.down,
+            compensation=self.compensation,
+        )
+        bias = folded_bias(module, self.shift)
+        return ops.sparse_linear(values, metadata, scale, t, module.weight, lora_up=self.up, bias=bias)
+
+    def _definition(self, module: nn.Linear, x: Tensor) -> Tensor:
         with exact_products(x.dtype):
             pruned, _, scale, t = semantics.sparsify(
                 x.reshape(-1, x.shape[-1]),
@@ -50,21 +73,18 @@ class Branch:
                 compensation=self.compensation,
             )
             bias = folded_bias(module, self.shift)
-            y = semantics.sparse_linear(pruned, scale, t, module.weight, lora_up=self.up, bias=bias)
-        y = y.reshape(*x.shape[:-1], -1)
-        if self.dense_tokens and x.dim() == 3:
-            text = F.linear(x[:, : self.dense_tokens], module.weight, module.bias)
-            y = torch.cat([text, y[:, self.dense_tokens :]], dim=1)
-        return y
+            # The root's slope is infinite at an all-zero row, so no gradient goes through the scale.
+            scale = scale.detach()
+            return semantics.sparse_linear(pruned, scale, t, module.weight, lora_up=self.up, bias=bias)
 
 
 def folded_bias(module: nn.Linear, shift: Tensor | None) -> Tensor | None:
-    """b + W·μ in fp32 (fp64 for fp64 weights), (N,): the bias of a layer that reads x − μ."""
+    """b + W·μ, (N,), rounded once: the bias of a layer that reads x − μ."""
     if shift is None:
         return module.bias
     acc = semantics.compute_dtype(module.weight.dtype)
     moved = module.weight.to(acc) @ shift.to(acc)
-    return moved if module.bias is None else moved + module.bias.to(acc)
+    return (moved if module.bias is None else moved + module.bias.to(acc)).to(module.weight.dtype)
 
 
 @contextlib.contextmanager

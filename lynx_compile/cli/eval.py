@@ -1,0 +1,158 @@
+"""`rt-lynx eval`: the quality table, method by method, against the dense model at the same seeds."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ..evaluation import emoji, features
+from ..evaluation.run import Settings, Study
+from ..evaluation.table import Row, draw_pictures, write_table
+
+app = typer.Typer(help="Measure how far pictures move, method by method.")
+console = Console()
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("docs/results/quality_emoji.json"),
+    pictures: Annotated[Path | None, typer.Option(help="Where the picture grid goes.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for the profile of the best row.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Another folder of the emoji model.")] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 512,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    rank: Annotated[int, typer.Option(help="Of every LoRA branch.")] = 16,
+    calibration_prompts: Annotated[int, typer.Option(help="For the closed form.")] = 64,
+    distill_prompts: Annotated[int, typer.Option(help="For both kinds of training.")] = 256,
+    validation_prompts: Annotated[int, typer.Option(help="To choose dense layers and stop training.")] = 64,
+    recipe_steps: Annotated[int, typer.Option(help="Of the paper's training recipe.")] = 2000,
+    joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1000,
+    batch_size: int = 256,
+    real: Annotated[
+        Path | None, typer.Option(help="Archive of real pictures for KID (prepare.py makes it).")
+    ] = None,
+    feature_net: Annotated[Path | None, typer.Option(help="ONNX file of the feature net.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
+) -> None:
+    """Every method on the emoji model: 2:4 weights, sparse activations down the ladder, layers left dense."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = emoji.load_emoji_pipeline(model, torch_dtype=dtype)
+    pipe.to(device)
+    pipe.transformer.eval().requires_grad_(False)
+    archive = real or emoji.EXAMPLE / "data" / "emoji.zip"
+    net = photos = None
+    if archive.is_file():
+        try:
+            net = features.FeatureNet(feature_net, device)
+            photos = emoji.real_pictures(archive, 1024).to(device)
+        except ImportError as error:
+            console.print(f"KID is left out: {error}", style="yellow")
+    else:
+        console.print(
+            f"KID is left out: {archive} is missing (examples/emoji_flux/prepare.py makes it)", style="yellow"
+        )
+    settings = Settings(
+        prompts=prompts,
+        steps=steps,
+        rank=rank,
+        calibration_prompts=calibration_prompts,
+        distill_prompts=distill_prompts,
+        validation_prompts=validation_prompts,
+        recipe_steps=recipe_steps,
+        joint_steps=joint_steps,
+        batch_size=batch_size,
+    )
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    about = {
+        "device": name,
+        "command": " ".join(["rt-lynx", *sys.argv[1:]]),
+        "commit": _commit(),
+        "prompts": prompts,
+        "steps": steps,
+    }
+    rows: list[Row] = []
+
+    def note(row: Row) -> None:
+        rows.append(row)
+        write_table(out, rows, **about)  # what is measured stays, also when a later row fails
+        console.print(_line(row))
+
+    study = Study(
+        pipe,
+        emoji.prompts,
+        settings,
+        emoji.to_pictures,
+        net,
+        photos,
+        note,
+        lambda text: console.print(text, markup=False),
+    )
+    table = study.run()
+    console.print(_rich(rows))
+    if pictures is not None:
+        pictures.parent.mkdir(parents=True, exist_ok=True)
+        draw_pictures(pictures, table.pictures, rows)
+    if profile is not None and study.profile is not None:
+        from ..profile import save_profile
+
+        save_profile(study.profile, profile)
+
+
+def _line(row: Row) -> str:
+    kid = "" if row.kid is None else f", KID {row.kid:.5f}"
+    return (
+        f"{row.method}: {row.sparse_flops_share:.1%} sparse, {row.psnr_db:.2f} dB, SSIM {row.ssim:.3f}, "
+        f"error {row.latent_rel_err:.4f}{kid}, {row.calibration_s:.1f} s"
+    )
+
+
+def _rich(rows: list[Row]) -> RichTable:
+    table = RichTable(title="Against the dense model at the same seeds")
+    for column in (
+        "method",
+        "sparse FLOPs",
+        "PSNR dB",
+        "SSIM",
+        "error",
+        "95%",
+        "KID",
+        "95%",
+        "calibration s",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            f"{row.sparse_flops_share:.1%}",
+            f"{row.psnr_db:.2f}",
+            f"{row.ssim:.3f}",
+            f"{row.latent_rel_err:.4f}",
+            f"{row.latent_rel_err_ci[0]:.4f}–{row.latent_rel_err_ci[1]:.4f}",
+            "–" if row.kid is None else f"{row.kid:.5f}",
+            "–" if row.kid_ci is None else f"{row.kid_ci[0]:.5f}–{row.kid_ci[1]:.5f}",
+            f"{row.calibration_s:.1f}",
+        )
+    return table
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
