@@ -111,7 +111,7 @@ class EmojiFluxPipeline(DiffusionPipeline):
     def from_pretrained(cls, path: str | Path = MODEL_DIR, **kwargs: Any) -> EmojiFluxPipeline:
         """Load a folder written by `save_pretrained`; the default is the model shipped beside this file.
 
-        kwargs as in diffusers (`torch_dtype`, components to replace). The text encoder stays in fp32, where
+        kwargs as in diffusers (`dtype`, components to replace). The text encoder stays in fp32, where
         it costs nothing and its token states are those the model was trained on.
         """
         if not (Path(path) / "model_index.json").is_file():

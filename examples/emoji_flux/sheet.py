@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    pipe = EmojiFluxPipeline.from_pretrained(args.model, torch_dtype=dtype)
+    pipe = EmojiFluxPipeline.from_pretrained(args.model, dtype=dtype)
     pipe.to(args.device)
     pictures = pipe(
         list(PROMPTS),

@@ -1,0 +1,204 @@
+"""Generate the same seeds with every variant of one model and measure what differs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import clear_report, report
+from ..evaluation.emoji import to_pictures
+from ..evaluation.metrics import Distance, distance
+from ..report import Report
+from ..runtime import kernels
+from .layer_error import LayerErrors
+
+ERROR_STEPS = 3  # of the short dense run on which layer errors are measured
+
+Told = Callable[[str], None]  # takes a variant's title
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model. compensation: None for the dense model.  noise: offset of the seeds."""
+
+    title: str
+    compensation: str | None = None
+    noise: int = 0
+
+
+VARIANTS = (
+    Variant("dense"),
+    Variant("SA-native", compensation="native"),
+    Variant("SA-NC", compensation="norm"),
+    Variant("dense, other seeds", noise=10_000),
+)
+
+
+@dataclass
+class Outcome:
+    """What one variant made.
+
+    pictures: (P, 3, H, W) in [0, 1].  latents: (P, T, C).  seconds: all steps after the warm-up step.
+    step_ms: median of one denoising step of the whole batch.  compile_s: the warm-up step, which compiles.
+    distance: to the dense pictures of the same prompts, None for the dense variant itself.
+    """
+
+    variant: Variant
+    pictures: Tensor
+    latents: Tensor
+    seconds: float
+    step_ms: float
+    compile_s: float
+    report: Report | None = None
+    distance: Distance | None = None
+
+    @property
+    def sparse_share(self) -> float:
+        """Share of the linear FLOPs that ran sparse, 0 to 1."""
+        return self.report.sparse_share if self.report else 0.0
+
+
+@dataclass
+class Demo:
+    """Everything the table, the grid and the page show. layer_errors: {layer: {compensation: error}}."""
+
+    prompts: list[str]
+    seed: int
+    steps: int
+    guidance: float
+    device: str
+    emulated: bool
+    outcomes: list[Outcome] = field(default_factory=list)
+    layer_errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def run(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    guidance: float = 2.5,
+    variants: Sequence[Variant] = VARIANTS,
+    begin: Told = _ignore,
+    advance: Told = _ignore,
+) -> Demo:
+    """Generate `prompts` with every variant; picture i of each starts from the noise of seed + i.
+
+    pipe: a pipeline with a `transformer`, called as `EmojiFluxPipeline` is; the first variant is the dense
+    one that the others are compared with. Without kernels for the pipeline's device the sparse variants are
+    emulated. begin is told a variant's title before its first step, advance after each of its steps + 1.
+    Raises ValueError when the first variant is sparse, RuntimeError when a sparse one has no sparse layer.
+    """
+    if not variants or variants[0].compensation is not None:
+        raise ValueError("the first variant is what the others are compared with, so it has to be dense")
+    model = pipe.transformer
+    demo = Demo(list(prompts), seed, steps, guidance, str(model.device), _needs_emulation(model))
+    try:
+        for variant in variants:
+            begin(variant.title)
+            clear_report()
+            torch.compiler.reset()  # the variants share their code objects: no cache entry may serve two
+            pipe.transformer = _as_variant(model, variant, demo.emulated)
+            outcome = _generate(pipe, demo, variant, advance)
+            if variant.compensation is not None:
+                outcome.report = _checked(report(), variant)
+            if demo.outcomes:
+                dense = demo.outcomes[0]
+                outcome.distance = distance(outcome.latents, dense.latents, outcome.pictures, dense.pictures)
+            demo.outcomes.append(outcome)
+    finally:
+        pipe.transformer = model
+    demo.layer_errors = _layer_errors(pipe, demo)
+    return demo
+
+
+def _needs_emulation(model: torch.nn.Module) -> bool:
+    weight = next(model.parameters())
+    return kernels.unavailable_reason(weight.device, weight.dtype) is not None
+
+
+def _as_variant(model: Any, variant: Variant, emulated: bool) -> Any:
+    cuda = model.device.type == "cuda"
+    if variant.compensation is None:
+        return torch.compile(model) if cuda else model
+    options: dict[str, Any] = {
+        "compensation": variant.compensation,
+        "emulate": emulated,
+        "min_tokens": 0,  # the model is far smaller than any for which sparsity pays
+        "rest": "inductor" if cuda else "eager",
+    }
+    return torch.compile(model, backend="rt_lynx", options=options)
+
+
+def _checked(made: Report, variant: Variant) -> Report:
+    if not made.sparse_share:
+        reasons = [*made.notes, *sorted({row.reason for row in made.rows})]
+        raise RuntimeError(f"{variant.title}: no layer became sparse ({'; '.join(reasons) or 'none found'})")
+    return made
+
+
+def _generate(pipe: Any, demo: Demo, variant: Variant, advance: Told) -> Outcome:
+    """Warm up with one step, which compiles, then generate."""
+    device = torch.device(demo.device)
+    marks: list[float] = []
+
+    def mark() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+
+    def after_step(_: Any, step: int, __: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        mark()
+        advance(variant.title)
+        return state
+
+    mark()
+    _sample(pipe, demo, 1, variant.noise, after_step)
+    compile_s = marks[-1] - marks[0]
+    marks.clear()
+    mark()
+    latents = _sample(pipe, demo, demo.steps, variant.noise, after_step)
+    taken = [later - earlier for earlier, later in pairwise(marks)]
+    return Outcome(
+        variant,
+        pictures=to_pictures(latents).cpu(),
+        latents=latents.float().cpu(),
+        seconds=sum(taken),
+        step_ms=1000 * median(taken),
+        compile_s=compile_s,
+    )
+
+
+def _sample(pipe: Any, demo: Demo, steps: int, noise: int, after_step: Any = None) -> Tensor:
+    seeds = [demo.seed + noise + i for i in range(len(demo.prompts))]
+    return pipe(
+        demo.prompts,
+        num_inference_steps=steps,
+        guidance_scale=demo.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        callback_on_step_end=after_step,
+    ).images
+
+
+def _layer_errors(pipe: Any, demo: Demo) -> dict[str, dict[str, float]]:
+    """Of the layers that became sparse, over a short dense run of the same prompts."""
+    errors = LayerErrors()
+    with errors.observing(pipe.transformer):
+        _sample(pipe, demo, min(ERROR_STEPS, demo.steps), noise=0)
+    made = next((outcome.report for outcome in demo.outcomes if outcome.report), None)
+    measured = errors.relative()
+    names = [row.name for row in made.rows if row.decision == "sparse"] if made else []
+    return {name: measured[name] for name in names if name in measured}
