@@ -108,14 +108,14 @@ def _lumina2(name: str) -> Entry:
 
 @entry("ZImageTransformer2DModel")
 def _z_image(name: str) -> Entry:
-    config = {"in_channels": 4, "dim": 64, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 2,
-              "n_kv_heads": 2, "cap_feat_dim": 64, "axes_dims": [8, 12, 12], "axes_lens": [128, 64, 64]}
+    config = {"in_channels": 4, "dim": 192, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 6,
+              "n_kv_heads": 6, "cap_feat_dim": 64, "axes_dims": [8, 12, 12], "axes_lens": [128, 64, 64]}
     return config, {"x": [noise(4, 1, 8, 16)], "cap_feats": [noise(32, 64)], "t": torch.rand(1)}
 
 
 @entry("BriaFibo2Transformer2DModel")
 def _fibo2(name: str) -> Entry:
-    config = {"in_channels": 4, "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
+    config = {"in_channels": 4, "dim": 192, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 6,
               "cap_feat_dim": 64, "injection_layer_ids": (1,), "perceiver_num_layers": 1,
               "min_num_gist_tokens": 8, "max_num_gist_tokens": 16, "gist_step": 8, "gist_min_text_len": 8,
               "gist_max_text_len": 32, "axes_dims": (8, 12, 12), "axes_lens": (128, 64, 64)}

@@ -20,15 +20,18 @@ def transformer_classes() -> dict[str, type[nn.Module]]:
     return {name: cls for name, cls in exported if inspect.isclass(cls) and issubclass(cls, nn.Module)}
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> tuple[nn.Module, dict[str, Any]]:
     """The tiny model in eval mode and its keyword inputs, both from a fixed seed.
 
+    overrides: of the config, as num_layers=1.
     Parameters that start at zero (gates, final projections) get noise: a block whose output is multiplied by
     zero would pass every comparison.
     """
     torch.manual_seed(0)
     config, inputs = ZOO[name]()
-    model = transformer_classes()[name](**config).eval().requires_grad_(False)
+    model = transformer_classes()[name](**{**config, **overrides}).eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)

@@ -122,7 +122,7 @@ def _sana_wm_refiner(name: str) -> Entry:
 
 @entry("MochiTransformer3DModel")
 def _mochi(name: str) -> Entry:
-    config = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2,
+    config = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 2,
               "pooled_projection_dim": 64, "in_channels": 4, "text_embed_dim": 64, "time_embed_dim": 64,
               "max_sequence_length": 8}
     return config, {"hidden_states": noise(1, 4, 2, 8, 8), "encoder_hidden_states": noise(1, 8, 64),
