@@ -32,6 +32,7 @@ from .passes.graph import (
     bounds,
     expression,
     hint,
+    is_one,
     kind,
     real_users,
     skip_row_views,
@@ -50,32 +51,35 @@ _NAMED_DEFAULTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for reason, pattern in (
         (
             "modulation",
-            r"(^|\.)(distilled_guidance_layer)(\.|$)|"
-            r"(^|\.)(\w*norm\w*|\w*modulation\w*|\w*_mod|mod|adaln\w*|adaLN\w*)(\.\d+)?"
-            r"(\.(linear|lin|proj|emb|silu|1|fc|linear_1|linear_2|\w*embedder))*$",
+            r"(^|\.)(distilled_guidance_layer|\w*modulations?(_\w+)?|\w*_mod(_proj)?|mod|ada[lL][nN]\w*|\w*[fF]i[lL][mM]\w*)"
+            r"(\.|$)|(^|\.)\w*norm\w*(\.\d+)?(\.(linear|lin|proj|emb|fc|linear_1|linear_2|\w*embedder))*$",
         ),
         (
             "embedder",
-            r"^(\w+_in)(\.|$)|(^|\.)(\w*embed\w*|patchify\w*|caption_projection|text_proj\w*"
-            r"|time_proj\w*|condition_proj\w*|image_proj\w*|t_block)(\.|$)",
+            r"^(\w+_in|global_proj|cross_attention_proj)(\.|$)|(^|\.)(\w*embed\w*|patchify\w*|caption_projection"
+            r"|text_proj\w*|time_proj\w*|\w*cond(ition)?_proj\w*|image_proj\w*|t_block)(\.|$)",
         ),
         (
             "text stream of a dual-stream block",
             r"(^|\.)(add_[qkv]_proj|to_add_out|add_qkv_proj|to_added_qkv|ff_context|norm1_context|txt_\w+|"
-            r"\w+_context|context_\w+|text_\w+|encoder_\w+_proj|caption_\w+|to_[qkv]_t|to_out_t|ff_t)(\.|$)",
+            r"\w+_context|context_\w+|(\w+_)?text_\w+|encoder(_\w+)?_proj|caption_\w+|to_[qkv]_t|to_out_t|ff_t)"
+            r"(\.|$)",
         ),
         (
             _ATTENTION_OUTPUT,
-            r"(^|\.)(to_out|out_proj|o_proj|attn_out|attention_out|wo)(\.\d+)?$|(^|\.)\w*att\w*\.(proj|o|out)$",
+            r"(^|\.)(to_out|out_proj|o_proj|attn_out|attention_out|wo|\w*attn_proj)(\.\d+)?$"
+            r"|(^|\.)\w*att\w*\.(proj|o|out|out_layer)$",
         ),
     )
 )
 _CROSS_ATTENTION_TEXT = re.compile(
-    r"(^|\.)(attn2|cross_attn\w*|crossattn\w*)\.(to_k|to_v|k|v|kv|to_kv|\w*kv\w*)$"
+    r"(^|\.)(attn2|cross_?att\w*)\.(to_k|to_v|to_key|to_value|k|v|k_linear|v_linear|\w*kv\w*)$"
 )
 _FINAL = re.compile(
-    r"^(proj_out\w*|(all_)?final_layer(\..+)?|head(\..+)?|out|norm_out(\..+)?|output_proj\w*|final_proj\w*)$"
+    r"^(\w*proj_out\w*|(all_)?final_\w+(\..+)?|head(\..+)?|out|(\w+_)?out_layer(\..+)?|spec_out|norm_out(\..+)?"
+    r"|output_proj\w*)$"
 )
+_REPEATED = re.compile(r"\.\d+\.")
 _CONDITIONING_ROWS = 64  # a two-dimensional input with fewer rows is one row per sample, not tokens
 
 
@@ -93,18 +97,35 @@ def decide(linears: Sequence[Linear], options: Options) -> list[Decision]:
     readers: dict[fx.Node, int] = {}
     for linear in linears:
         readers[linear.x] = readers.get(linear.x, 0) + 1
-    tokens_first = any(_rank(linear.x) > 2 for linear in linears)
-    return [_decide(linear, options, readers[linear.x], tokens_first) for linear in linears]
+    around = _Surroundings(
+        tokens_first=any(_rank(linear.x) > 2 for linear in linears),
+        whole_model=any(_REPEATED.search(linear.name) for linear in linears),
+        most_rows=max((hint(linear.m) for linear in linears), default=0),
+    )
+    return [_decide(linear, options, readers[linear.x], around) for linear in linears]
 
 
-def _decide(linear: Linear, options: Options, readers: int, tokens_first: bool) -> Decision:
+@dataclass(frozen=True)
+class _Surroundings:
+    """What the other layers of a graph say about one.
+
+    tokens_first: some see (batch, tokens, channels), so two dimensions mean a condition.  whole_model: some
+    are in repeated blocks, so a name without a block is at the model's ends.  most_rows: the largest M.
+    """
+
+    tokens_first: bool = True
+    whole_model: bool = True
+    most_rows: int = 0
+
+
+def _decide(linear: Linear, options: Options, readers: int, around: _Surroundings) -> Decision:
     if linear.obstacle:
         return Decision(False, linear.obstacle)
     missing = None if options.emulate else kernels.unavailable_reason(linear.device, linear.dtype)
     if missing:
         return Decision(False, missing)
     wished = _wish(linear, options)
-    if wished is None and (reason := safe_default(linear, tokens_first)):
+    if wished is None and (reason := safe_default(linear, around)):
         return Decision(False, f"safe default: {reason}")
     if wished is not None and not wished.sparse:
         return wished
@@ -138,13 +159,10 @@ def first_match(name: str, globs: Sequence[str]) -> str | None:
     return next((g for g in globs if fnmatchcase(name, g) or fnmatchcase(name, f"*.{g}")), None)
 
 
-def safe_default(linear: Linear, tokens_first: bool = True) -> str | None:
-    """Which sensitive class a layer belongs to, None for the others. Order: names, then the graph around it.
-
-    tokens_first: other layers of the graph see (batch, tokens, channels), so two dimensions mean a condition.
-    """
+def safe_default(linear: Linear, around: _Surroundings) -> str | None:
+    """Which sensitive class a layer belongs to, None for the others: by its name, then by the graph."""
     name = linear.name
-    if _FINAL.match(name) and not _added_to(linear.node):
+    if _FINAL.match(name) and (around.whole_model or not _added_to(linear.node)):
         return "final projection"
     for reason, pattern in _NAMED_DEFAULTS:
         if pattern.search(name) and not (reason == _ATTENTION_OUTPUT and _reads_concatenation(linear.x)):
@@ -153,9 +171,16 @@ def safe_default(linear: Linear, tokens_first: bool = True) -> str | None:
         return "text tokens of a cross-attention"
     if _reads_attention(linear.x):
         return _ATTENTION_OUTPUT
-    if _rank(linear.x) <= 2 and hint(linear.m) < (_CONDITIONING_ROWS if tokens_first else 2):
-        return "modulation: one row a sample"
-    return None
+    return "modulation: one row a sample" if _is_condition(linear, around) else None
+
+
+def _is_condition(linear: Linear, around: _Surroundings) -> bool:
+    """Whether a layer sees one row per sample while others see tokens."""
+    example = tensor(linear.x)
+    if example is None or example.dim() <= 2:
+        return hint(linear.m) < (_CONDITIONING_ROWS if around.tokens_first else 2)
+    one_each = all(is_one(size) for size in example.shape[1:-1])
+    return one_each and hint(linear.m) < around.most_rows
 
 
 def _rank(node: fx.Node) -> int:

@@ -16,6 +16,9 @@ NAMES = {
         "layers.0.adaLN_modulation.0",
         "adaln_single.emb.timestep_embedder.linear_1",
         "distilled_guidance_layer.layers.2.linear_1",
+        "single_stream_modulations.txt.linear",
+        "time_mod_proj",
+        "decoders.0.layer.0.FiLMLayer.scale_bias",
     ],
     "embedder": [
         "x_embedder",
@@ -30,12 +33,15 @@ NAMES = {
         "attn.to_add_out",
         "context_refiner.0.attn.to_q",
         "block.ff_t.w1",
+        "video_text_transformer_blocks.0.attn.to_query",
+        "transformer_blocks.1.encoder_proj",
     ],
     "attention output": [
         "blocks.0.attn1.to_out.0",
         "attn.to_out.0",
         "attention.o_proj",
         "blocks.2.attn.proj",
+        "attn.img_attn_proj",
     ],
     None: [
         "transformer_blocks.0.attn.to_q",
@@ -48,6 +54,9 @@ NAMES = {
         "layers.0.feed_forward.w1",
         "blocks.0.ffn.net.2",
         "attn.to_qkv_mlp_proj",
+        "blocks.0.attention.img_qkv_proj",
+        "visual_transformer_blocks.0.feed_forward.out_layer",
+        "layers.0.mlp.gate_proj",
     ],
 }
 
@@ -104,3 +113,32 @@ def test_attention_output_is_found_by_what_it_reads():
     )
     assert [row.decision for row in lynx_compile.report().rows] == ["sparse", "dense"]
     assert lynx_compile.report().rows[1].reason == "safe default: attention output"
+
+
+class Whole(nn.Module):
+    """A stack of blocks, a condition of one row a sample, and a projection at the end that is scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.conditioning = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"ff": nn.Linear(64, 64)}) for _ in range(2))
+        self.proj_out = nn.Linear(64, 64)
+
+    def forward(self, x, condition):
+        x = x + self.conditioning(condition)
+        for block in self.blocks:
+            x = x + block["ff"](x)
+        return self.proj_out(x) * 2
+
+
+@pytest.mark.parametrize("condition", [torch.randn(2, 1, 64), torch.randn(64)], ids=["(B, 1, C)", "(C,)"])
+def test_the_ends_of_a_model_and_its_conditions(condition):
+    torch._dynamo.reset()
+    lynx_compile.clear_report()
+    options = {"rest": "eager", "emulate": True, "strict": True}
+    model = Whole().requires_grad_(False)
+    torch.compile(model, backend="rt_lynx", options=options)(torch.randn(2, 5, 64), condition)
+    reasons = {row.name: row.reason for row in lynx_compile.report().rows}
+    assert reasons["conditioning"] == "safe default: modulation: one row a sample"
+    assert reasons["proj_out"] == "safe default: final projection"
+    assert reasons["blocks.0.ff"] == reasons["blocks.1.ff"] == "chosen by default"
