@@ -134,6 +134,12 @@ __device__ __forceinline__ void shrink_registers() {
 // A value all lanes agree on, made known to the compiler as such.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 
+// Hides where a value comes from, so that it stays in a register and is not computed anew in every loop.
+__device__ __forceinline__ u32 keep(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- memory ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
@@ -142,16 +148,12 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return value;
 }
 
-__device__ __forceinline__ void store_shared(u32 address, float value) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
 // Volatile to the assembler too: it must not keep values of an earlier load in registers instead.
-__device__ __forceinline__ float2 load_shared_pair(u32 address) {
+__device__ __forceinline__ float2 load_shared_pair(const float* from) {
     float2 value;
     asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(value.x), "=f"(value.y)
-                 : "r"(address)
+                 : "r"(shared_address(from))
                  : "memory");
     return value;
 }

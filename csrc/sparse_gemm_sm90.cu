@@ -49,7 +49,7 @@ constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;
 static_assert(kConsumers * kResidualBytes <= kWeightBytes + kValueBytes, "a residual step must fit into a slot");
 static_assert(kSharedBytes <= 227 * 1024, "the ring must fit into shared memory: fewer stages or a smaller tile");
 static_assert(kTileM % (64 * kClusterN) == 0 && kTileN % (8 * kClusterM) == 0, "each block loads whole swizzle atoms");
-static_assert(kTileN % 64 == 0, "the epilogue takes 64 columns at a time, a whole line of memory");
+static_assert(!HAS_TAIL || kTileN % 64 == 0, "a residual step is 64 columns wide");
 static_assert(kTileM <= 256 && kTileN <= 256, "a box of the copy engine has at most 256 rows");
 
 struct Params {
@@ -198,11 +198,12 @@ struct Consumer {
     const Params& p;
     Ring ring;
     int group, warp, lane;  // warpgroup among the consumers, warp in it, lane
-    int release_rank;       // block of the cluster that this lane releases slots to; −1: none
+    int release_rank;       // block of the cluster that this thread releases slots to; −1: none
     u32 words;              // where this lane finds its metadata, relative to a slot
     float acc[kBlocks][Tile::kCount];
 
-    // This warp is done with a slot: tell every block whose producer writes to it here.
+    // The warpgroup is done with a slot: tell every block whose producer writes to it here. One warp speaks for
+    // all four, because a wgmma completes for the whole warpgroup.
     __device__ __forceinline__ void release(int stage) {
         if (release_rank >= 0) ptx::barrier_arrive_remote(ring.empty + 8 * stage, release_rank);
     }
@@ -261,19 +262,20 @@ struct Consumer {
         ring.advance();
     }
 
-    __device__ __forceinline__ void store_tile(int first_row, int column, u32 bias) {
+    __device__ __forceinline__ void store_tile(int first_row, int column, const float* bias) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             const Rows rows(p.y, p.gate, p.m, p.n, p.rows_per_sample, first_row + b * 64 + warp * 16, column, lane);
 #pragma unroll
-            for (int c = 0; c < kTileN; c += 64) {
+            for (int c = 0; c < kTileN; c += 32) {
                 u32 residual = 0;
                 if (HAS_TAIL && p.has_residual) {
-                    ptx::barrier_wait(ring.full_barrier(), ring.phase);
+                    if (c % 64 == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
                     residual = ring.slot() + group * kResidualBytes + warp * 16 * 128;
                 }
-                rows.store(acc[b] + c / 2, c, bias + c * 4, residual);
-                if (HAS_TAIL && p.has_residual) {
+                rows.store(acc[b] + c / 2, c, bias + c, residual, c % 64 / 8);
+                if (HAS_TAIL && p.has_residual && c % 64 == 32) {
+                    ptx::named_sync(1 + group, 128);  // all four warps have read it
                     release(ring.stage);
                     ring.advance();
                 }
@@ -281,7 +283,7 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void run(int rank, u32 bias_buffers) {
+    __device__ __forceinline__ void run(int rank, float* bias_buffers) {
         Schedule schedule;
         int row, column;
         for (int parity = 0; schedule.advance(p, rank, row, column); parity ^= 1) {
@@ -294,11 +296,9 @@ struct Consumer {
                     const int at = first_row + b * 64 + warp * 16 + lane / 4 + 8 * i;
                     scale[b][i] = at < p.m ? p.scale[at] : 0.0f;
                 }
-            const u32 bias = bias_buffers + (parity * kConsumers + group) * kTileN * 4;
-            for (int i = warp * 32 + lane; i < kTileN; i += 128) {
-                const bool given = p.bias != nullptr && column + i < p.n;
-                ptx::store_shared(bias + i * 4, given ? Element::low(p.bias[column + i]) : 0.0f);
-            }
+            float* bias = bias_buffers + (parity * kConsumers + group) * kTileN;
+            for (int i = warp * 32 + lane; i < kTileN; i += 128)
+                bias[i] = p.bias != nullptr && column + i < p.n ? Element::low(p.bias[column + i]) : 0.0f;
 
             int k = 0;
             for (; k + 2 <= p.k_steps; k += 2) {
@@ -321,27 +321,28 @@ struct Consumer {
     }
 };
 
-// The blocks whose producers write into this block's slots, one for each of a warp's first lanes: those in its row
-// and in its column of the cluster.
-__device__ __forceinline__ int mate(int rank, int lane) {
+// The blocks whose producers write into this block's slots, one for each of a warpgroup's first threads: those in
+// its row and in its column of the cluster.
+__device__ __forceinline__ int mate(int rank, int thread) {
     const int m = rank % kClusterM, n = rank / kClusterM;
-    if (lane < kClusterM) return n * kClusterM + lane;
-    if (lane < kClusterM + kClusterN - 1) return m + (n + 1 + lane - kClusterM) % kClusterN * kClusterM;
+    if (thread < kClusterM) return n * kClusterM + thread;
+    if (thread < kClusterM + kClusterN - 1) return m + (n + 1 + thread - kClusterM) % kClusterN * kClusterM;
     return -1;
 }
 
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     sparse_gemm(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const u32 base = ptx::shared_address(shared), bias = base + kStages * kSlotBytes;
-    Ring ring(base, bias + kBiasBytes);
+    float* bias = reinterpret_cast<float*>(shared + kStages * kSlotBytes);
+    const u32 base = ptx::shared_address(shared);
+    Ring ring(base, base + kStages * kSlotBytes + kBiasBytes);
     const int warp = ptx::uniform(threadIdx.x / 32), warpgroup = warp / 4, lane = threadIdx.x % 32;
     const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             ptx::barrier_init(ring.full + 8 * i, 1);
-            ptx::barrier_init(ring.empty + 8 * i, 4 * kConsumers * (kClusterM + kClusterN - 1));
+            ptx::barrier_init(ring.empty + 8 * i, kConsumers * (kClusterM + kClusterN - 1));
         }
         ptx::fence_barrier_init();
         ptx::prefetch_map(&p.values);
@@ -360,7 +361,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
     } else {
         ptx::grow_registers<kConsumerRegisters>();
         const u32 words = kWeightBytes + kValueBytes + (warpgroup * kBlocks * kWords + threadIdx.x % 128) * 4;
-        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, lane), words}.run(rank, bias);
+        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, threadIdx.x % 128), ptx::keep(words)}.run(rank, bias);
     }
     // A block may not leave while another one still writes to its memory or arrives on its barriers.
     if constexpr (kCluster > 1) ptx::cluster_sync();
