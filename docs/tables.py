@@ -66,11 +66,30 @@ def rates(result: Result) -> list[str]:
     return [*lines, "", _source(result, "dense-equivalent FLOP: 2·M·N·K")]
 
 
+def steps(result: Result) -> list[str]:
+    """One denoising step under every backend, split by what its kernels do."""
+    columns = {
+        "step_ms": "step",
+        "gemm_ms": "GEMM",
+        "sparsify_ms": "sparsify",
+        "attention_ms": "attention",
+        "elementwise_ms": "elementwise",
+        "host_ms": "host",
+    }
+    lines = _head(["model", "backend", "LoRA rank", "sparse FLOPs", *columns.values(), "peak GiB", "vs Inductor"])
+    for row in result["rows"]:
+        cells = [row["model"], row["backend"], str(row["lora_rank"]), f"{row['sparse_flops_share']:.0%}"]
+        cells += [f"{row[key]:.1f}" for key in columns]
+        lines.append(_line([*cells, f"{row['peak_gib']:.1f}", f"**{row['speedup_vs_inductor']:.2f}×**"]))
+    return [*lines, "", _source(result, "ms, 1024 × 1024, batch 1")]
+
+
 # block name → (result file, what writes it)
 TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
     "gemm-chains": ("gemm_h200.json", chains),
     "gemm-rates": ("gemm_h200.json", rates),
+    "steps": ("step_h200.json", steps),
 }
 
 
