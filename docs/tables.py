@@ -76,7 +76,9 @@ def steps(result: Result) -> list[str]:
         "elementwise_ms": "elementwise",
         "host_ms": "host",
     }
-    lines = _head(["model", "backend", "LoRA rank", "sparse FLOPs", *columns.values(), "peak GiB", "vs Inductor"])
+    lines = _head(
+        ["model", "backend", "LoRA rank", "sparse FLOPs", *columns.values(), "peak GiB", "vs Inductor"]
+    )
     for row in result["rows"]:
         cells = [row["model"], row["backend"], str(row["lora_rank"]), f"{row['sparse_flops_share']:.0%}"]
         cells += [f"{row[key]:.1f}" for key in columns]
@@ -84,11 +86,22 @@ def steps(result: Result) -> list[str]:
     return [*lines, "", _source(result, "ms, 1024 × 1024, batch 1")]
 
 
+def coverage(result: Result) -> list[str]:
+    """What the patterns match and what the default decisions make sparse, by linear FLOPs."""
+    lines = _head(["model", "linear TFLOP a step", "linears", "matched", "matched FLOPs", "sparse FLOPs"])
+    for row in result["rows"]:
+        cells = [f"{row['linear_flops'] / 1e12:.1f}", str(row["linears"]), str(row["matched"])]
+        cells += [f"{row['matched_share']:.1%}", f"{row['sparse_share']:.1%}"]
+        lines.append(_line([row["model"], *cells]))
+    return [*lines, "", _source(result, "")]
+
+
 # block name → (result file, what writes it)
 TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
     "gemm-chains": ("gemm_h200.json", chains),
     "gemm-rates": ("gemm_h200.json", rates),
+    "coverage": ("coverage.json", coverage),
     "steps": ("step_h200.json", steps),
 }
 
@@ -110,7 +123,7 @@ def _source(result: Result, note: str) -> str:
     load = f"{result['power_w']:.0f} W, {result['clock_mhz']:.0f} MHz" if result.get("power_w") else ""
     parts = [
         note.format(**result),
-        result["device"],
+        result.get("device", ""),
         load,
         f"`{result['command']}`",
         f"at {result['commit']}",
