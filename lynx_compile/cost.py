@@ -148,20 +148,26 @@ def fit(device: str, table: dict[str, Any]) -> CostModel:
 def table_from_bench(bench: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
     """`table` with the rows of a `rt-lynx bench gemm --json` result in place of what was measured before.
 
-    Raises ValueError when the result holds no complete bf16 row.
+    Each row counts twice: with its LoRA branch and without. Raises ValueError when the result holds no
+    complete bf16 row.
     """
+    keys = ("cublas_ms", "sparsify_ms", "gemm_ms")
     rows = [row for row in bench["rows"] if row["dtype"] in ("bf16", "bfloat16")]
-    complete = [row for row in rows if row.get("cublas_ms") and row.get("sparsify_ms") and row.get("gemm_ms")]
-    if not complete:
+    rows = [row for row in rows if all(row.get(key) for key in keys)]
+    if not rows:
         raise ValueError(
-            "the bench result has no bf16 row with cublas_ms, sparsify_ms and gemm_ms; run it on a GPU"
+            "no bf16 row with cublas_ms, sparsify_ms and gemm_ms in the bench result; run it on a GPU"
         )
     source = f"{bench.get('command', 'rt-lynx bench gemm')} at {bench.get('commit', 'an unknown commit')}"
+    ranks = [(row, row["lora_rank"], "") for row in rows]
+    ranks += [(row, 0, "_no_lora") for row in rows if row.get("gemm_no_lora_ms")]
     return table | {
-        "source": {"dense": source, "sparsify": source, "gemm": source},
-        "dense": _unique([row["m"], row["n"], row["k"], row["cublas_ms"]] for row in complete),
-        "sparsify": _unique([row["m"], row["k"], row["lora_rank"], row["sparsify_ms"]] for row in complete),
-        "gemm": _unique([row["m"], row["n"], row["k"], row["lora_rank"], row["gemm_ms"]] for row in complete),
+        "source": dict.fromkeys(_MEASURED, source),
+        "dense": _unique([row["m"], row["n"], row["k"], row["cublas_ms"]] for row in rows),
+        "sparsify": _unique([row["m"], row["k"], r, row[f"sparsify{suffix}_ms"]] for row, r, suffix in ranks),
+        "gemm": _unique(
+            [row["m"], row["n"], row["k"], r, row[f"gemm{suffix}_ms"]] for row, r, suffix in ranks
+        ),
     }
 
 

@@ -97,6 +97,9 @@ def _explain(
     if coverage is not None:
         from ..results import write_results
 
+        failed = [e for e in done if e.notes]
+        if failed:
+            raise ValueError(f"{failed[0].title}: {failed[0].notes[0]}")
         keys = ("linear_flops", "matched_share", "sparse_share", "linears", "matched")
         rows = [{"model": e.title} | {key: e.totals()[key] for key in keys} for e in done]
         write_results(coverage, rows)
