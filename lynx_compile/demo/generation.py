@@ -112,8 +112,6 @@ def run(
             torch.compiler.reset()  # the variants share their code objects: no cache entry may serve two
             pipe.transformer = _as_variant(model, variant, demo.emulated)
             outcome = _generate(pipe, demo, variant, advance)
-            if variant.compensation is not None:
-                outcome.report = _checked(report(), variant)
             if demo.outcomes:
                 dense = demo.outcomes[0]
                 outcome.distance = distance(outcome.latents, dense.latents, outcome.pictures, dense.pictures)
@@ -144,7 +142,7 @@ def _as_variant(model: Any, variant: Variant, emulated: bool) -> Any:
 
 def _checked(made: Report, variant: Variant) -> Report:
     if not made.sparse_share:
-        reasons = [*made.notes, *sorted({row.reason for row in made.rows})]
+        reasons = dict.fromkeys([*made.notes, *sorted({row.reason for row in made.rows})])
         raise RuntimeError(f"{variant.title}: no layer became sparse ({'; '.join(reasons) or 'none found'})")
     return made
 
@@ -167,6 +165,7 @@ def _generate(pipe: Any, demo: Demo, variant: Variant, advance: Told) -> Outcome
     mark()
     _sample(pipe, demo, 1, variant.noise, after_step)
     compile_s = marks[-1] - marks[0]
+    made = None if variant.compensation is None else _checked(report(), variant)
     marks.clear()
     mark()
     latents = _sample(pipe, demo, demo.steps, variant.noise, after_step)
@@ -178,6 +177,7 @@ def _generate(pipe: Any, demo: Demo, variant: Variant, advance: Told) -> Outcome
         seconds=sum(taken),
         step_ms=1000 * median(taken),
         compile_s=compile_s,
+        report=made,
     )
 
 
