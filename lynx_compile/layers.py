@@ -49,8 +49,8 @@ class LynxLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x · Wᵀ + b, exactly; the rt_lynx backend replaces it by the sparse layer."""
-        if self.lynx_switch is not None and self.lynx_switch.dense:
-            return torch.nn.functional.linear(input, self.weight, self.bias)
+        # Dynamo guards on the switch: one graph for each of its states. A plain linear would not say "dense".
+        dense_now = self.lynx_switch is not None and self.lynx_switch.dense
         return marked_linear(
             input,
             self.weight,
@@ -60,7 +60,7 @@ class LynxLinear(nn.Linear):
             self.lynx_shift,
             self.lynx_score,
             self.lynx_bias,
-            self.lynx_decision or "",
+            "dense" if dense_now else self.lynx_decision or "",
             self.lynx_dense_tokens,
         )
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..cost import predict
+from ..profile.fingerprint import linear_layers
 from ..profile.format import Profile
 from .emulation import Forward
 from .sensitivity import Sensitivity
 
+STEP_COUNTS = (0, 1, 2, 3, 4)  # of dense first steps to choose from
 BUCKETS = 2000  # of time saved; finer than any cost model is true
 
 
@@ -63,8 +66,6 @@ def device_costs(
 
     batch: samples in one call.  tokens: layer → tokens of one sample, where other than in the calibration.
     """
-    from ..cost import predict
-
     costs = {}
     for name, layer in profile.layers.items():
         m = batch * (tokens or {}).get(name, layer.tokens)
@@ -236,6 +237,37 @@ class Chooser:
         if fits[0] != fits[1]:
             return fits[0]
         return one.time < other.time if fits[0] else one.measured < other.measured
+
+
+def chooser_for(
+    study: Sensitivity, profile: Profile, layers: Mapping[str, Forward], costs: str, share: float = 0.85
+) -> Chooser:
+    """Measure every layer's and the first steps' effect, note them in the profile, and return a chooser.
+
+    costs: "flops", or a device of `lynx_compile.cost.devices()`.  share: of the saving at which the effect of
+    dense first steps is measured; it depends on what else is dense.
+    """
+    linears = linear_layers(study.workload.model)
+    others = {
+        name: (tokens, linears[name].weight.shape) for name, tokens in profile.studies["other_tokens"].items()
+    }
+    if costs == "flops":
+        table, other_time = flops_costs(profile), float(sum(m * n * k for m, (n, k) in others.values()))
+    else:
+        table = device_costs(profile, costs)
+        other_time = sum(predict(costs, m, n, k).dense_ms for m, (n, k) in others.values())
+    effects = study.measure(layers, "layer")
+    squares = {name: (effect.sample or 0.0) ** 2 for name, effect in effects.items()}
+    for name, effect in effects.items():
+        profile.layers[name].sensitivity = {"velocity": effect.velocity, "sample": effect.sample or 0.0}
+    points = front(table, squares, profile.steps, {0: 1.0}, other_time)
+    fastest = min(point.time for point in points)
+    likely = pick(points, speed=1 / (1 - share * (1 - fastest)))
+    measured = study.steps({name: layers[name] for name in likely.sparse}, STEP_COUNTS)
+    profile.studies["dense_first_steps"] = {str(n): list(errors) for n, errors in measured.items()}
+    whole = max(measured[0][0], 1e-9)
+    factors = {n: (errors[0] / whole) ** 2 for n, errors in measured.items() if n < profile.steps}
+    return Chooser(study, layers, table, squares, factors, profile.steps, other_time)
 
 
 def apply_choice(profile: Profile, choice: Choice) -> None:

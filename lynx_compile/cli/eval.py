@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ..evaluation import emoji, features
-from ..evaluation.run import Settings, Study
-from ..evaluation.table import Row, draw_pictures, write_table
+if TYPE_CHECKING:
+    from ..evaluation.table import Row
 
-app = typer.Typer(help="Measure how far pictures move, method by method.")
+app = typer.Typer()
 console = Console()
 
 
-@app.command()
-def run(
+@app.command("eval")
+def evaluate(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("docs/results/quality_emoji.json"),
     pictures: Annotated[Path | None, typer.Option(help="Where the picture grid goes.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder for the profile of the best row.")] = None,
@@ -43,6 +39,13 @@ def run(
     device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
 ) -> None:
     """Every method on the emoji model: 2:4 weights, sparse activations down the ladder, layers left dense."""
+    import torch
+
+    from ..evaluation import emoji, features
+    from ..evaluation.run import Settings, Study
+    from ..evaluation.table import draw_pictures
+    from ..results import write_results
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = emoji.load_emoji_pipeline(model, torch_dtype=dtype)
@@ -71,19 +74,12 @@ def run(
         joint_steps=joint_steps,
         batch_size=batch_size,
     )
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    about = {
-        "device": name,
-        "command": " ".join(["rt-lynx", *sys.argv[1:]]),
-        "commit": _commit(),
-        "prompts": prompts,
-        "steps": steps,
-    }
     rows: list[Row] = []
 
     def note(row: Row) -> None:
         rows.append(row)
-        write_table(out, rows, **about)  # what is measured stays, also when a later row fails
+        # What is measured stays, also when a later row fails.
+        write_results(out, [asdict(row) for row in rows], prompts=prompts, steps=steps)
         console.print(_line(row))
 
     study = Study(
@@ -142,17 +138,3 @@ def _rich(rows: list[Row]) -> RichTable:
             f"{row.calibration_s:.1f}",
         )
     return table
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

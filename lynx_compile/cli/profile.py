@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..profile import ProfileError, diff, load_profile, merge, save_profile
-from ..profile import seal as seal_folder
-from ..profile.format import Profile
+if TYPE_CHECKING:
+    from ..profile import Profile
 
 app = typer.Typer(name="profile", no_args_is_help=True, help="Show, compare and merge profiles.")
 Folder = Annotated[Path, typer.Argument(help="Folder that holds lynx.json.")]
 
 
-def _load(folder: Path) -> Profile:
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """A profile that is refused ends the command with the reason instead of a traceback."""
+    from ..profile import ProfileError
+
     try:
-        return load_profile(folder)
+        yield
     except ProfileError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _load(folder: Path) -> Profile:
+    from ..profile import load_profile
+
+    with _refusals():
+        return load_profile(folder)
 
 
 def _number(value: float | None) -> str:
@@ -62,10 +74,10 @@ def show(folder: Folder) -> None:
 @app.command("diff")
 def diff_(first: Folder, second: Folder) -> None:
     """Layers on which two profiles of one model differ."""
-    try:
+    from ..profile import diff
+
+    with _refusals():
         rows = diff(_load(first), _load(second))
-    except ProfileError as error:
-        raise typer.BadParameter(str(error)) from error
     table = Table(title=f"{sum(row.changed for row in rows)} of {len(rows)} layers differ")
     for column in ("layer", "decision", "rank", "error after", "branch distance"):
         table.add_column(column)
@@ -86,20 +98,20 @@ def merge_(
     first: Folder, second: Folder, out: Annotated[Path, typer.Option(help="Folder to write.")]
 ) -> None:
     """Join two calibrations of one model, each weighted by the tokens it saw."""
-    try:
+    from ..profile import merge, save_profile
+
+    with _refusals():
         save_profile(merge(_load(first), _load(second)), out)
-    except ProfileError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {out}")
 
 
 @app.command()
 def seal(folder: Folder) -> None:
     """Accept an adapter that was trained further: check its tensors and hash them anew."""
-    try:
+    from ..profile import seal as seal_folder
+
+    with _refusals():
         seal_folder(folder)
-    except ProfileError as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"sealed {folder}")
 
 
@@ -108,10 +120,8 @@ def push(folder: Folder, repo_id: str, private: bool = False) -> None:
     """Check a profile and upload it to the Hugging Face hub."""
     from ..profile.hub import push as push_folder
 
-    try:
+    with _refusals():
         typer.echo(push_folder(folder, repo_id, private=private))
-    except ProfileError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -119,7 +129,5 @@ def pull(repo_id: str, revision: str | None = None) -> None:
     """Download a profile from the Hugging Face hub, check it, and print its folder."""
     from ..profile.hub import pull as pull_folder
 
-    try:
+    with _refusals():
         typer.echo(str(pull_folder(repo_id, revision=revision)))
-    except ProfileError as error:
-        raise typer.BadParameter(str(error)) from error

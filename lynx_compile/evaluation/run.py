@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibration.choose import Choice, Chooser, apply_choice, flops_costs, front, pick
+from ..calibration.choose import Choice, Chooser, apply_choice, chooser_for, front, pick
 from ..calibration.refine import Call, distill_jointly, record, split_calls
 from ..calibration.run import calibrate
 from ..calibration.sensitivity import Sensitivity
@@ -17,8 +17,6 @@ from ..profile import Branch, Profile
 from ..profile.fingerprint import linear_layers
 from .methods import Clock, Method, branches_of, paper_recipe, sparse_weights
 from .table import Features, Row, Table, ToPictures
-
-STEP_COUNTS = (0, 1, 2, 3, 4)  # of dense first steps to choose from
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,9 @@ class Study:
         table.add(Method("SA-NC-LoRA, closed form", without, plain_clock.seconds, s.rank))
         table.add(Method("SA-NC-LoRA, closed form + shift", ours, clock.seconds, s.rank))
 
-        chooser = self._chooser(validation, profile, ours, clock)
+        with clock.running():
+            study = Sensitivity(validation, calls=5, quiet=True)
+            chooser = chooser_for(study, profile, ours, "flops", s.distilled_share)
         shares = sorted(s.shares, key=lambda share: abs(share - s.distilled_share))
         choice = self._choose(table, chooser, profile, ours, clock, shares[0])
         for method in sparse_weights(calibration, names, s.rank):
@@ -117,26 +117,6 @@ class Study:
         seed = (s.seed if seed is None else seed) + start
         prompts = self.prompts(count, start)
         return Pipeline(self.pipe, prompts, steps=s.steps, batch_size=min(s.batch_size, count), seed=seed)
-
-    def _chooser(
-        self, validation: Pipeline, profile: Profile, ours: dict[str, Branch], clock: Clock
-    ) -> Chooser:
-        """End-to-end sensitivity of every layer and of the first steps, ready to choose."""
-        s = self.settings
-        with clock.running():
-            study = Sensitivity(validation, calls=5, quiet=True)
-            effects = study.measure(ours, "layer")
-            squares = {name: (effect.sample or 0.0) ** 2 for name, effect in effects.items()}
-            costs, other = flops_costs(profile), other_flops(profile, linear_layers(self.pipe.transformer))
-            fast = speed_of(s.distilled_share)
-            likely = pick(front(costs, squares, s.steps, {0: 1.0}, other), speed=fast).sparse
-            steps = study.steps({name: ours[name] for name in likely}, STEP_COUNTS)
-        for name, effect in effects.items():
-            profile.layers[name].sensitivity = {"velocity": effect.velocity, "sample": effect.sample or 0.0}
-        profile.studies["dense_first_steps"] = {str(n): list(errors) for n, errors in steps.items()}
-        whole = max(steps[0][0], 1e-9)
-        factors = {n: (errors[0] / whole) ** 2 for n, errors in steps.items()}
-        return Chooser(study, ours, costs, squares, factors, s.steps, other)
 
     def _choose(
         self,
@@ -190,9 +170,3 @@ class Study:
 def speed_of(share: float) -> float:
     """The speed at which `share` of the FLOPs is sparse and costs half."""
     return 1 / (1 - share / 2)
-
-
-def other_flops(profile: Profile, linears: dict[str, Any]) -> float:
-    """Multiplications of the linear layers outside the profile, for one sample and call."""
-    tokens = profile.studies["other_tokens"]
-    return float(sum(count * linears[name].weight.numel() for name, count in tokens.items()))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +147,6 @@ class Table:
     def _features(self, pictures: Tensor) -> Tensor:
         assert self.features is not None
         return torch.cat([self.features(part) for part in pictures.split(256)])
-
-
-def write_table(path: str | Path, rows: list[Row], **about: Any) -> None:
-    """`{device, command, commit, prompts, steps, …, rows}` as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def draw_pictures(path: str | Path, pictures: Mapping[str, Tensor], rows: list[Row]) -> None:

@@ -46,6 +46,7 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
             up=branch.up if layer.sparse else None,
             shift=vectors.shared(branch.shift) if layer.sparse else None,
             score=vectors.shared(branch.score) if layer.sparse else None,
+            dense_tokens=branch.dense_tokens if layer.sparse else 0,
             switch=switch if layer.sparse else None,
             decision="sparse" if layer.sparse else "dense",
             reason=f"profile: {layer.reason}",

@@ -1,0 +1,160 @@
+"""`rt-lynx calibrate`: a pipeline in, a profile out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..calibration import Pipeline
+    from ..calibration.choose import Choice
+    from ..profile import Profile
+
+app = typer.Typer()
+console = Console()
+
+
+@app.command("calibrate")
+def calibrate_(
+    model: Annotated[
+        str, typer.Argument(help='A diffusers model id or folder; "emoji" is the shipped model.')
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the profile.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    count: Annotated[int, typer.Option(help="Prompts for the statistics.")] = 64,
+    held_out: Annotated[int, typer.Option(help="Prompts for sensitivities, taken after these.")] = 4,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a run.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Prompts in one run.")] = 1,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of every LoRA branch.")] = 64,
+    total_rank: Annotated[int | None, typer.Option(help="A budget over all layers instead.")] = None,
+    no_shift: Annotated[bool, typer.Option("--no-shift", help="Prune around zero, not the mean.")] = False,
+    memory: Annotated[float, typer.Option(help="GiB of device memory for statistics.")] = 8.0,
+    state: Annotated[Path | None, typer.Option(help="Folder from which a killed run goes on.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Least time within this error.")] = None,
+    speed: Annotated[
+        float | None, typer.Option(help="Least error at this speed of the linear layers.")
+    ] = None,
+    costs: Annotated[str, typer.Option(help='Cost table, as "h200", or "flops".')] = "h200",
+    device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
+) -> None:
+    """Fit LoRA branches and shifts; with --max-error or --speed also measure and choose what stays dense."""
+    import torch
+
+    from ..calibration import calibrate
+    from ..profile import save_profile
+
+    if max_error is not None and speed is not None:
+        raise typer.BadParameter("give --max-error or --speed, not both")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = _load(model, device)
+    texts = _prompts(model, prompts, count + held_out)
+    call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+    workload = _workload(pipe, texts[:count], steps, batch_size, 0, call)
+    rank_, world = _join_group(device)
+    profile = calibrate(
+        workload,
+        rank=rank,
+        total_rank=total_rank,
+        shift=not no_shift,
+        steps=steps,
+        memory=int(memory * 2**30),
+        state=state,
+        provenance={"model": model, "prompts": count, "rank": rank, "held_out_prompts": held_out},
+    )
+    points: list[Choice] = []
+    if rank_ == 0 and (max_error is not None or speed is not None):
+        points = _choose(
+            profile, _workload(pipe, texts[count:], steps, batch_size, count, call), max_error, speed, costs
+        )
+    if rank_ == 0:
+        save_profile(profile, out)
+        if points:
+            from ..calibration.plots import draw
+
+            draw(profile, out / "plots", points)
+        console.print(f"wrote {out}: {len(profile.sparse_layers())} of {len(profile.layers)} layers sparse")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _load(model: str, device: str) -> Any:
+    import torch
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if model == "emoji":
+        from ..evaluation.emoji import load_emoji_pipeline
+
+        pipe = load_emoji_pipeline(torch_dtype=dtype)
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    pipe.transformer.eval().requires_grad_(False)
+    return pipe
+
+
+def _prompts(model: str, file: Path | None, wanted: int) -> list[str]:
+    if file is not None:
+        texts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        if len(texts) < wanted:
+            raise typer.BadParameter(
+                f"{file} has {len(texts)} prompts, {wanted} are needed; lower --count or add some"
+            )
+        return texts[:wanted]
+    if model != "emoji":
+        raise typer.BadParameter("--prompts FILE is needed: prompts like those the model will see")
+    from ..evaluation.emoji import prompts
+
+    return prompts(wanted)
+
+
+def _workload(
+    pipe: Any, texts: list[str], steps: int, batch_size: int, start: int, call: dict[str, Any]
+) -> Pipeline:
+    from ..calibration import Pipeline
+
+    return Pipeline(pipe, texts, steps=steps, batch_size=batch_size, seed=start, call=call)
+
+
+def _join_group(device: str) -> tuple[int, int]:
+    """(rank, processes) of the group `torchrun` started; (0, 1) without it."""
+    import torch
+
+    if not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(torch.distributed.get_rank() % torch.cuda.device_count())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _choose(
+    profile: Profile, held_out: Pipeline, max_error: float | None, speed: float | None, costs: str
+) -> list[Choice]:
+    """Measure, choose, write both into the profile; returns the front and what was measured."""
+    from ..calibration.choose import apply_choice, chooser_for
+    from ..calibration.sensitivity import Sensitivity
+
+    study = Sensitivity(held_out, calls=5)
+    branches = {
+        name: layer.branch.to(held_out.model.device, held_out.model.dtype)
+        for name, layer in profile.layers.items()
+    }
+    seconds = study.estimate_s(branches, "layer")
+    console.print(
+        f"sensitivity of {len(branches)} layers: about {seconds / 60:.1f} min, twice that to choose"
+    )
+    chooser = chooser_for(study, profile, branches, costs)
+    measured: list[Choice] = []
+    choice = chooser.choose(max_error=max_error, speed=speed, note=measured.append)
+    apply_choice(profile, choice)
+    console.print(
+        f"expected error {choice.error:.4f}, measured {choice.measured:.4f}, speed {choice.speed:.2f}×"
+    )
+    return [*chooser.points(), *measured]
