@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -93,7 +94,7 @@ def rewrite(
         log.warning("%s (options={'strict': True} raises it)", note, exc_info=True)
     if recorded:
         _notify(report)
-        record(report)
+        record(report, CompileContext.current_compile_id())
     return report
 
 

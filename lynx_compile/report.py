@@ -141,12 +141,21 @@ class Report:
 
 _lock = threading.Lock()
 _graphs: list[GraphReport] = []
+_last_id: list[Any] = [None]
 
 
-def record(graph: GraphReport) -> None:
-    """Add one compiled graph (any thread)."""
+def record(graph: GraphReport, compile_id: Any = None) -> None:
+    """Add one compiled graph (any thread).
+
+    compile_id: Dynamo's. It may start a compilation over (with dynamic shapes it usually does); the second
+    attempt then takes the place of the first.
+    """
     with _lock:
+        again = compile_id is not None and _graphs and _last_id[0] == compile_id
+        if again and [row.name for row in _graphs[-1].rows] == [row.name for row in graph.rows]:
+            _graphs.pop()
         _graphs.append(graph)
+        _last_id[0] = compile_id
 
 
 def report() -> Report:
@@ -159,3 +168,4 @@ def clear_report() -> None:
     """Forget the graphs compiled so far; the compiled code stays."""
     with _lock:
         _graphs.clear()
+        _last_id[0] = None

@@ -430,3 +430,13 @@ def test_nothing_is_computed_from_weights_while_compiling():
             parameter.mul_(1.5)
     torch.testing.assert_close(function(X), emulated(model, X))
     assert len(lynx_compile.report().graphs) == 1
+
+
+def test_a_compilation_that_starts_over_is_reported_once():
+    """Inductor makes Dynamo trace once more for dynamic shapes."""
+    layer = nn.Linear(64, 64).double().requires_grad_(False)
+    options = {"emulate": True, "strict": True}
+    function = torch.compile(layer, backend="rt_lynx", dynamic=True, options=options)
+    for tokens in (8, 5):
+        function(torch.randn(2, tokens, 64, dtype=torch.float64))
+    assert len(lynx_compile.report().graphs) == 1
