@@ -1,4 +1,4 @@
-"""Profile folders: what is saved loads, anything else is refused; PEFT reads the adapter; apply, diff, merge."""
+"""Profiles: what is saved loads, anything else is refused; PEFT reads the adapter; apply, diff, merge."""
 
 from __future__ import annotations
 
@@ -66,8 +66,12 @@ def make_profile(model: nn.Module, seed: int = 0, dense_steps: int = 0) -> Profi
                 torch.randn(n, 16, generator=generator).bfloat16().float() * 0.1,
                 torch.randn(k, generator=generator),
             )
-            layers[name] = Layer((n, k), name != "blocks.1.up", "chosen", branch, 8, 0.3, 0.2, {"sample": 0.1})
-    return Profile(fingerprint(model), layers, dense_steps=dense_steps, steps=4, provenance={"tokens": 100 + seed})
+            layers[name] = Layer(
+                (n, k), name != "blocks.1.up", "chosen", branch, 8, 0.3, 0.2, {"sample": 0.1}
+            )
+    return Profile(
+        fingerprint(model), layers, dense_steps=dense_steps, steps=4, provenance={"tokens": 100 + seed}
+    )
 
 
 @pytest.fixture
@@ -182,7 +186,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(folder: Path, rounds: int, seed: int) -> tuple[int, int]:
-    """Loads `rounds` mutated profiles; returns how many were refused and how many loaded, all equal to the saved."""
+    """Load mutated profiles; how many were refused, and how many loaded and equal the saved one."""
     rng = random.Random(seed)
     contents = {name: (folder / name).read_bytes() for name in FILES}
     saved = load_profile(folder)
@@ -305,7 +309,9 @@ def test_diff_and_merge(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(merged.up @ merged.down, product, rtol=1e-4, atol=1e-4)
     both = merge(first, second)
     assert both.provenance["tokens"] == 500
-    expected = 0.2 * first.layers["blocks.0.up"].branch.shift + 0.8 * second.layers["blocks.0.up"].branch.shift
+    expected = (
+        0.2 * first.layers["blocks.0.up"].branch.shift + 0.8 * second.layers["blocks.0.up"].branch.shift
+    )
     torch.testing.assert_close(both.layers["blocks.0.up"].branch.shift, expected)
     save_profile(both, tmp_path / "merged")
     assert load_profile(tmp_path / "merged").layers["blocks.0.up"].branch.rank == 16
@@ -319,7 +325,9 @@ def test_push_checks_before_it_uploads(folder: Path, tmp_path: Path, monkeypatch
 
     store = tmp_path / "store"
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, *a, **k: None)
-    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, folder_path, **k: shutil.copytree(folder_path, store))
+    monkeypatch.setattr(
+        hub.HfApi, "upload_folder", lambda self, folder_path, **k: shutil.copytree(folder_path, store)
+    )
     monkeypatch.setattr(hub, "snapshot_download", lambda repo, **k: str(store))
     profile_hub.push(folder, "someone/profile")
     assert load_profile(profile_hub.pull("someone/profile")).model == fingerprint(make_model())

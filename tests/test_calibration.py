@@ -1,0 +1,309 @@
+"""Calibration: closed forms, shared statistics, resuming, processes, sensitivity, choice, training."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lynx_compile.calibration import Inputs, calibrate, emulate
+from lynx_compile.calibration.choose import Choice, Chooser, Cost, front, pick
+from lynx_compile.calibration.refine import (
+    distill_jointly,
+    distill_layers,
+    random_branches,
+    record,
+    split_calls,
+)
+from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
+from lynx_compile.calibration.solve import allocate_ranks, lora_branches
+from lynx_compile.calibration.statistics import Moments
+from lynx_compile.profile import Branch
+from lynx_compile.runtime import semantics
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.softmax(self.to_q(x) @ self.to_k(x).transpose(-1, -2) / 8, -1)
+        return x + self.to_out(scores @ x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def make_workload(batches: int = 6, seed: int = 0) -> Inputs:
+    torch.manual_seed(0)
+    model = Model().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(9)) / 4
+    return Inputs(model, [torch.randn(2, 24, 64, generator=generator) @ mix + 0.5 for _ in range(batches)])
+
+
+def spread_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(900, 64) @ torch.randn(64, 64) + torch.randn(64)
+    return x, torch.randn(48, 64), x.mean(0)
+
+
+@pytest.mark.parametrize("rank", [0, 8, 48])
+def test_errors_are_those_of_the_branch(rank: int) -> None:
+    x, weight, mean = spread_inputs()
+    moments = Moments.zeros(64, x.device)
+    for rows in x.split(250):
+        moments.update(rows, mean, "norm")
+    branches = lora_branches(moments, mean, weight, 48)
+    z = x - mean
+    sparse = semantics.sparsify(z)
+    residual = (z - sparse.scale[:, None] * sparse.pruned) @ weight.T
+    down, up = branches.factors(rank)
+    left = (residual - z @ down.T @ up.T).norm() / (x @ weight.T).norm()
+    assert branches.error(rank) == pytest.approx(float(left), rel=1e-3)
+    torch.testing.assert_close((z @ down.T).square().mean(0), torch.ones(rank), rtol=0.05, atol=0.05)
+
+
+def test_closed_form_is_the_best_branch_of_its_rank() -> None:
+    x, weight, mean = spread_inputs()
+    moments = Moments.zeros(64, x.device)
+    moments.update(x, mean, "norm")
+    down, up = lora_branches(moments, mean, weight, 4).factors(4)
+    z = x - mean
+    sparse = semantics.sparsify(z)
+    residual = (z - sparse.scale[:, None] * sparse.pruned) @ weight.T
+    least = (residual - z @ down.T @ up.T).square().sum()
+    factors = [nn.Parameter(down.clone()), nn.Parameter(up.clone())]
+    optimizer = torch.optim.Adam(factors, lr=1e-3)
+    for _ in range(200):
+        loss = (residual - z @ factors[0].T @ factors[1].T).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss) > float(least) * (1 - 1e-3)
+
+
+def test_layers_of_one_input_share_statistics_and_embedders_are_left_out() -> None:
+    profile = calibrate(make_workload(), rank=8, quiet=True)
+    assert set(profile.layers) == {
+        f"blocks.{i}.{name}" for i in range(2) for name in ("to_q", "to_k", "to_out")
+    }
+    layers = profile.layers
+    assert layers["blocks.0.to_q"].branch.shift is layers["blocks.0.to_k"].branch.shift
+    assert layers["blocks.0.to_q"].branch.shift is not layers["blocks.0.to_out"].branch.shift
+    for layer in layers.values():
+        assert layer.error_after < layer.error_before
+        assert layer.tokens == 24
+
+
+def same(first: object, second: object) -> bool:
+    pairs = zip(first.layers.values(), second.layers.values(), strict=True)
+    return all(
+        torch.equal(a.branch.down, b.branch.down)
+        and torch.equal(a.branch.up, b.branch.up)
+        and torch.equal(a.branch.shift, b.branch.shift)
+        for a, b in pairs
+    )
+
+
+def test_deterministic_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lynx_compile.calibration import collect
+
+    monkeypatch.setattr(collect, "SAVE_EVERY_S", 0.0)
+    whole = calibrate(make_workload(), rank=8, quiet=True)
+    assert same(whole, calibrate(make_workload(), rank=8, quiet=True))
+    memory = 2 * collect.moments_bytes(64)  # two inputs a pass: two passes for four inputs
+    killed = make_workload()
+    runs = itertools.count()
+
+    def dies(batch: int) -> torch.Tensor:
+        if next(runs) == 10:  # in the second pass
+            raise KeyboardInterrupt
+        return Inputs.run(killed, batch)
+
+    killed.run = dies
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(killed, rank=8, quiet=True, memory=memory, state=tmp_path)
+    resumed = make_workload()
+    counted = []
+    resumed.run = lambda batch: counted.append(batch) or Inputs.run(make_workload_like(resumed), batch)
+    assert same(whole, calibrate(resumed, rank=8, quiet=True, memory=memory, state=tmp_path))
+    assert len(counted) < 6
+
+
+def make_workload_like(workload: Inputs) -> Inputs:
+    return Inputs(workload.model, workload.inputs)
+
+
+def test_memory_budget_must_hold_one_input() -> None:
+    with pytest.raises(ValueError, match="raise it"):
+        calibrate(make_workload(), rank=8, quiet=True, memory=1000)
+
+
+def test_two_processes_give_the_same_profile(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import torch, torch.distributed as dist\n"
+        "from tests.test_calibration import make_workload\n"
+        "from lynx_compile.calibration import calibrate\n"
+        "from lynx_compile.profile import save_profile\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo')\n"
+        "profile = calibrate(make_workload(8), rank=8, quiet=True)\n"
+        f"save_profile(profile, '{tmp_path}/' + str(dist.get_rank()), torch.float32)\n"
+        "dist.destroy_process_group()\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    root = Path(__file__).parent.parent
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120)
+    from lynx_compile.profile import load_profile
+
+    alone = calibrate(make_workload(8), rank=8, quiet=True)
+    for rank in range(2):
+        loaded = load_profile(tmp_path / str(rank))
+        for name, layer in alone.layers.items():
+            other = loaded.layers[name]
+            assert other.error_after == pytest.approx(layer.error_after, rel=1e-4)
+            product, expected = (b.up @ b.down for b in (other.branch, layer.branch))
+            assert (product - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_ranks_go_where_they_take_off_most() -> None:
+    x, weight, mean = spread_inputs()
+    easy, hard = Moments.zeros(64, x.device), Moments.zeros(64, x.device)
+    easy.update(x, mean, "norm")
+    hard.update(x, mean, "norm")
+    branches = {"easy": lora_branches(easy, mean, weight, 32), "hard": lora_branches(hard, mean, weight, 32)}
+    assert allocate_ranks(branches, {"hard": 100.0}, 32, multiple=8) == {"easy": 0, "hard": 32}
+    assert sum(allocate_ranks(branches, {}, 48, multiple=8).values()) == 48
+
+
+def test_emulation_restores_the_model() -> None:
+    workload = make_workload()
+    before = workload.run(0)
+
+    def fails_inside() -> None:
+        with emulate(workload.model, {"blocks.0.to_q": Branch()}):
+            assert not torch.equal(workload.run(0), before)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails_inside()
+    assert torch.equal(workload.run(0), before)
+    with pytest.raises(KeyError, match="no linear layer"):
+        emulate(workload.model, {"blocks.7.to_q": Branch()}).__enter__()
+
+
+def test_leading_tokens_stay_dense() -> None:
+    layer, x = nn.Linear(64, 64), torch.randn(2, 10, 64)
+    y = Branch(dense_tokens=3)(layer, x)
+    torch.testing.assert_close(y[:, :3], layer(x)[:, :3])
+    torch.testing.assert_close(y[:, 3:], Branch()(layer, x[:, 3:]))
+
+
+def test_sensitivity_by_layer_class_and_block() -> None:
+    workload = make_workload(2)
+    layers = {f"blocks.{i}.{name}": Branch() for i in range(2) for name in ("to_q", "to_k", "to_out")}
+    study = Sensitivity(workload, quiet=True)
+    by_layer, by_block = study.measure(layers, "layer"), study.measure(layers, "block")
+    assert set(by_block) == {"blocks.0", "blocks.1"}
+    assert set(study.measure(layers, "class", sample=False)) == {"q", "k", "out"}
+    # One call is the whole run here, so the velocity is the sample.
+    for effect in by_layer.values():
+        assert effect.velocity == pytest.approx(effect.sample, rel=1e-4)
+    assert study.sample(layers, lambda call: False) == 0.0
+    assert study.estimate_s(layers, "layer") > 0
+    assert class_of("transformer_blocks.0.attn.add_k_proj") == "text"
+    assert class_of("single_transformer_blocks.3.proj_out") == "down"
+    assert block_of("single_transformer_blocks.3.attn.to_q") == "single_transformer_blocks.3"
+
+
+def test_front_is_that_of_trying_every_set() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.rand(2, 9, generator=generator).tolist()
+    names = [f"layer{i}" for i in range(9)]
+    costs = {name: Cost(2 * saved, saved) for name, saved in zip(names, values[0], strict=True)}
+    errors = dict(zip(names, values[1], strict=True))
+    points = front(costs, errors, 20, {0: 1.0})
+    whole = sum(cost.dense for cost in costs.values())
+    for speed in (1.05, 1.2, 1.5, 1.8):
+        best = min(
+            sum(errors[n] for n in chosen) ** 0.5
+            for size in range(10)
+            for chosen in itertools.combinations(names, size)
+            if whole / (whole - sum(costs[n].dense - costs[n].sparse for n in chosen)) >= speed
+        )
+        assert pick(points, speed=speed).error <= best * 1.02
+    with pytest.raises(ValueError, match="no choice reaches"):
+        pick(points, speed=3.0)
+    assert pick(points, max_error=0.0).sparse == frozenset()
+
+
+def test_dense_steps_are_taken_where_they_pay() -> None:
+    costs, errors = {"a": Cost(1.0, 0.5), "b": Cost(1.0, 0.5)}, {"a": 1.0, "b": 1.0}
+    assert pick(front(costs, errors, 20, {0: 1.0, 1: 0.01}), speed=1.8).dense_steps == 1
+    # 19 of 20 steps sparse are 1.9 times as fast: too slow here, whatever they would save.
+    assert pick(front(costs, errors, 20, {0: 1.0, 1: 0.01}), speed=1.95).dense_steps == 0
+
+
+def test_choice_is_measured_and_fits_the_error() -> None:
+    workload = make_workload(2)
+    layers = {f"blocks.{i}.{name}": Branch() for i in range(2) for name in ("to_q", "to_k", "to_out")}
+    study = Sensitivity(workload, quiet=True)
+    squares = {name: effect.sample**2 for name, effect in study.measure(layers, "layer").items()}
+    everything = study.sample(layers)
+    chooser = Chooser(study, layers, {n: Cost(2.0, 1.0) for n in layers}, squares, {0: 1.0}, 1)
+    told: list[Choice] = []
+    choice = chooser.choose(max_error=0.7 * everything, note=told.append)
+    assert choice in told
+    assert 0 < choice.measured <= 0.7 * everything
+    assert 0 < len(choice.sparse) < len(layers)
+
+
+def test_training_recipes_lower_their_losses() -> None:
+    workload = make_workload(8)
+    model = workload.model
+    calls = record(workload, quiet=True)
+    assert len(split_calls(calls, 1)) == 16
+    names = ["blocks.0.to_q", "blocks.1.to_out"]
+    start = random_branches(model, {name: Branch() for name in names}, 16)
+    seen: list[int] = []
+    trained = distill_layers(
+        model, calls, start, steps=60, quiet=True, report=lambda s, _: seen.append(s), report_every=30
+    )
+    assert seen == [30, 60]
+    closed = calibrate(workload, rank=16, shift=False, quiet=True).layers
+    study = Sensitivity(workload, quiet=True)
+    for name in names:
+        bare, after = (study.velocity({name: branch}).velocity for branch in (Branch(), trained[name]))
+        best = study.velocity({name: closed[name].branch}).velocity
+        assert after < bare
+        assert best < after * 1.02
+    joint = distill_jointly(model, calls[:6], calls[6:], start, steps=40, lr=1e-2, check_every=10, quiet=True)
+    losses = [held_out for _, _, held_out in joint.history]
+    assert min(losses) < losses[0]
+    assert all(not p.requires_grad for p in model.parameters())

@@ -1,0 +1,157 @@
+"""Quality metrics against small worked cases, and the table on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lynx_compile.calibration import Inputs
+from lynx_compile.evaluation.emoji import prompts, to_pictures
+from lynx_compile.evaluation.features import kid
+from lynx_compile.evaluation.methods import Method, sparse_weights
+from lynx_compile.evaluation.metrics import MAX_PSNR, Mean, psnr, relative_error, ssim
+from lynx_compile.evaluation.run import speed_of
+from lynx_compile.evaluation.table import Table, draw_pictures
+from lynx_compile.evaluation.weight_sparsity import (
+    InputStatistics,
+    bawa,
+    magnitude,
+    output_error,
+    ria,
+    slim,
+    wanda,
+)
+from lynx_compile.profile import Branch
+
+
+def statistics(x: torch.Tensor) -> InputStatistics:
+    return InputStatistics(x.T @ x, x.abs().mean(0), len(x))
+
+
+WEIGHT = torch.tensor([[4.0, -3.0, 2.0, 1.0], [1.0, 1.5, -2.0, 3.0]])
+INPUT = torch.diag(torch.tensor([1.0, 1.0, 4.0, 2.0]))  # channel norms 1, 1, 4, 2
+
+
+def kept(pruned: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in pruned]
+
+
+def test_magnitude_keeps_the_largest() -> None:
+    assert kept(magnitude(WEIGHT)) == [[0, 1], [2, 3]]
+
+
+def test_wanda_counts_the_channel_norm() -> None:
+    # |W|·norm: 4 3 8 2 and 1 1.5 8 6
+    assert kept(wanda(WEIGHT, statistics(INPUT))) == [[0, 2], [2, 3]]
+
+
+def test_ria_is_relative_to_row_and_column() -> None:
+    # columns sum to 5, 4.5, 4, 4; rows to 10, 7.5; norms to the ½: 1, 1, 2, √2
+    # row 0: (4/5 + .4)·1 = 1.2, (3/4.5 + .3)·1 = .967, (.5 + .2)·2 = 1.4, (.25 + .1)·√2 = .495
+    # row 1: (.2 + .133)·1 = .333, (.333 + .2)·1 = .533, (.5 + .267)·2 = 1.53, (.75 + .4)·√2 = 1.63
+    assert kept(ria(WEIGHT, statistics(INPUT))) == [[0, 2], [2, 3]]
+    weight = torch.tensor([[3.0, 2.9, 1.0, 1.0], [9.0, 0.1, 0.1, 5.0]])
+    # columns sum to 12, 3, 1.1, 6; norms are 1: .25 + .38, .967 + .367, .909 + .127, .167 + .127 in row 0
+    assert kept(ria(weight, statistics(torch.eye(4)))) == [[1, 2], [0, 3]]
+
+
+def test_bawa_is_at_least_as_good_as_what_its_grid_holds() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(500, 32) * torch.linspace(0.1, 4, 32)
+    weight, seen = torch.randn(24, 32) * torch.rand(24, 1), statistics(x)
+    best = output_error(weight, bawa(weight, seen), seen)
+    assert best <= output_error(weight, wanda(weight, seen), seen)
+    direct = (x @ (weight - wanda(weight, seen)).T).square().sum()
+    assert output_error(weight, wanda(weight, seen), seen) == pytest.approx(float(direct), rel=1e-4)
+
+
+def test_slim_repairs_the_salient_loss() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(500, 32) * torch.linspace(0.1, 4, 32)
+    weight, seen = torch.randn(24, 32), statistics(x)
+    pruned, down, up = slim(weight, seen, 24)
+    assert torch.equal(pruned, wanda(weight, seen))
+    torch.testing.assert_close(pruned + up @ down, weight, rtol=1e-3, atol=1e-3)  # full rank repairs it all
+    _, down, up = slim(weight, seen, 4)
+    assert output_error(weight, pruned + up @ down, seen) < output_error(weight, pruned, seen)
+
+
+def test_psnr_error_and_mean() -> None:
+    reference = torch.full((2, 3, 16, 16), 0.5)
+    shifted = reference + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    torch.testing.assert_close(psnr(shifted, reference), torch.tensor([20.0, 40.0]), rtol=1e-3, atol=1e-3)
+    assert psnr(reference, reference).tolist() == [MAX_PSNR] * 2
+    torch.testing.assert_close(relative_error(1.1 * reference, reference), torch.tensor([0.1, 0.1]))
+    assert ssim(reference, reference).tolist() == pytest.approx([1.0, 1.0])
+    mean = Mean.of(torch.tensor([1.0, 3.0, 1.0, 3.0]))
+    assert mean.value == 2.0
+    assert mean.high - 2.0 == pytest.approx(1.96 * (4 / 3) ** 0.5 / 2)
+
+
+def test_kid_is_zero_for_one_distribution_and_grows_with_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, same, far = (torch.randn(300, 16, generator=generator) for _ in range(3))
+    near = kid(same, real, subsets=50, size=100)
+    assert near.low < 0 < near.high
+    assert kid(far + 1, real, subsets=50, size=100).low > near.high
+    assert kid(same, real, seed=3) == kid(same, real, seed=3)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList([nn.Linear(64, 64)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](self.embed(x))
+
+
+def test_table(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    workload = Inputs(Tiny().eval(), [torch.randn(2, 16, 64) for _ in range(2)])
+    tokens, shapes = {"embed": 16, "blocks.0": 16}, {"embed": (64, 64), "blocks.0": (64, 64)}
+    table = Table(
+        workload, tokens, shapes, 1, lambda s: s.reshape(-1, 1, 32, 32).expand(-1, 3, -1, -1).sigmoid()
+    )
+    row = table.add(Method("NC", {"blocks.0": Branch()}))
+    assert row.sparse_flops_share == 0.5
+    assert 0 < row.latent_rel_err < 1
+    assert row.latent_rel_err_ci[0] <= row.latent_rel_err <= row.latent_rel_err_ci[1]
+    for method in sparse_weights(workload, ["blocks.0"], 8):
+        table.add(method)
+    names = [r.method for r in table.rows]
+    assert names[0] == "dense"
+    assert table.rows[0].psnr_db == MAX_PSNR
+    errors = {r.method: r.latent_rel_err for r in table.rows}
+    assert errors["2:4 weights, SLiM r8"] < errors["2:4 weights, Wanda"]
+    draw_pictures(tmp_path / "grid.png", table.pictures, table.rows)
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_emoji_prompts_do_not_repeat() -> None:
+    texts = prompts(1900)
+    assert len(set(texts)) == 1900
+    assert prompts(10, 100) == texts[100:110]
+    assert not {text.rsplit(", ", 1)[0] for text in texts[:900]} & {
+        text.rsplit(", ", 1)[0] for text in texts[900:]
+    }
+    assert to_pictures(torch.zeros(2, 256, 48)).shape == (2, 3, 64, 64)
+    assert to_pictures(torch.zeros(1, 256, 48)).unique().tolist() == [0.5]
+
+
+def test_share_and_speed_agree() -> None:
+    assert speed_of(0.0) == 1.0
+    assert speed_of(1.0) == 2.0
+
+
+def test_committed_results_name_their_source() -> None:
+    for path in (Path(__file__).parent.parent / "docs" / "results").glob("quality_*.json"):
+        data = json.loads(path.read_text())
+        assert {"device", "command", "commit", "prompts", "steps", "rows"} <= data.keys()
+        for row in data["rows"]:
+            assert {"method", "sparse_flops_share", "psnr_db", "latent_rel_err"} <= row.keys()
