@@ -45,13 +45,13 @@ def record(workload: Workload, quiet: bool = False) -> list[Call]:
 
 
 def split_calls(calls: list[Call], samples: int, seed: int = 0) -> list[Call]:
-    """Each call cut into smaller ones of `samples` random samples; a remainder is left out."""
+    """Each call cut into smaller ones of `samples` random samples (all of a smaller call); no remainders."""
     generator = torch.Generator().manual_seed(seed)
     smaller: list[Call] = []
     for args, kwargs, velocity in calls:
         batch = velocity.shape[0]
         for chosen in torch.randperm(batch, generator=generator).split(samples):
-            if len(chosen) == samples:
+            if len(chosen) == min(samples, batch):
                 index = chosen.to(velocity.device)
                 smaller.append(
                     (
@@ -251,6 +251,8 @@ def _held_out(
 
 def _order(calls: int, steps: int, seed: int) -> list[int]:
     """`steps` indices: random permutations of the calls, one after another."""
+    if not calls:
+        raise ValueError("there are no recorded calls to train on")
     generator = random.Random(seed)
     order: list[int] = []
     while len(order) < steps:

@@ -140,12 +140,10 @@ def _choose(
     """Measure, choose, write both into the profile; returns the front and what was measured."""
     from ..calibration.choose import apply_choice, chooser_for
     from ..calibration.sensitivity import Sensitivity
+    from ..evaluation.methods import branches_of
 
     study = Sensitivity(held_out, calls=5)
-    branches = {
-        name: layer.branch.to(held_out.model.device, held_out.model.dtype)
-        for name, layer in profile.layers.items()
-    }
+    branches = branches_of(profile, held_out.model)
     seconds = study.estimate_s(branches, "layer")
     console.print(
         f"sensitivity of {len(branches)} layers: about {seconds / 60:.1f} min, twice that to choose"
