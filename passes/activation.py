@@ -22,7 +22,4 @@ def fold_activations(graph: fx.Graph) -> int:
 def match_activation(x: fx.Node) -> Producer | None:
     """act(h), for any activation of `semantics.ACTIVATIONS`."""
     found = activation_of(x)
-    if found is None:
-        return None
-    name, source, covers = found
-    return Producer(name, (source,), covers)
+    return None if found is None else Producer(found[0], (found[1],))

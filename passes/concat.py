@@ -31,7 +31,7 @@ def match_concatenation(x: fx.Node) -> Producer | None:
         return None
     first, second = parts
     found = activation_of(second)
-    name, second, covers = found if found is not None else ("", skip_casts(second), ())
+    name, second = found if found is not None else ("", skip_casts(second))
     first = skip_casts(first)
     a, b = tensor(first), tensor(second)
     if a is None or b is None or a.dtype != out.dtype or b.dtype != out.dtype or a.dim() != b.dim():
@@ -43,4 +43,4 @@ def match_concatenation(x: fx.Node) -> Producer | None:
         or not same_shape(a.shape[:-1], b.shape[:-1])
     ):
         return None
-    return Producer(f"cat_{name}" if name else "cat", (first, second), (x, core, *covers))
+    return Producer(f"cat_{name}" if name else "cat", (first, second))

@@ -32,6 +32,6 @@ def match_gated(x: fx.Node) -> Producer | None:
         found = activation_of(activated)
         up = skip_casts(other)
         if found is not None and same_shape_nodes(found[1], up) and same_shape_nodes(found[1], x):
-            name, gate, covers = found
-            return Producer(f"{name}_mul", (gate, up), (x, core, *covers))
+            name, gate = found
+            return Producer(f"{name}_mul", (gate, up))
     return None

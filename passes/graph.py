@@ -299,6 +299,18 @@ def operands(node: fx.Node) -> Iterator[tuple[Any, Any]]:
     yield b, a
 
 
+def interior(result: fx.Node, leaves: Iterable[fx.Node | None]) -> list[fx.Node]:
+    """The nodes that compute `result` from `leaves`: `result` itself included, the leaves not."""
+    stop, left = set(leaves), [result]
+    found: dict[fx.Node, None] = {}
+    while left:
+        node = left.pop()
+        if node not in found and node not in stop and node.op not in ("placeholder", "get_attr"):
+            found[node] = None
+            left += node.all_input_nodes
+    return list(found)
+
+
 def order(graph: fx.Graph) -> dict[fx.Node, int]:
     """Position of each node in execution order."""
     return {node: position for position, node in enumerate(graph.nodes)}

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..runtime import layout, ops
 from .graph import arg, getitem, insert, is_one, kind, replace, rows, skip_row_views, tensor
 from .mutation import Mutations, remove_dead
-from .site import META, Note, arrange_branches, cast, padded_branch
+from .site import META, Note, arrange_branches, cast, padded_branch, shaped
 
 CHANNEL_MULTIPLE = 16
 _LORA_FACTOR = re.compile(r"\.(lora_[AB]|lora_(up|down)|lora_layer)(\.|$)")
@@ -198,7 +198,7 @@ def restore_shape(y: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
         size if isinstance(size, int) else insert(like, size_of, (x, axis), like)
         for axis, size in enumerate(x_value.shape[:-1])
     ]
-    return insert(like, torch.reshape, (y, [*sizes, out.shape[-1]]), like)
+    return shaped(y, [*sizes, out.shape[-1]], like)
 
 
 def _obstacle(linear: Linear, x: Tensor, weight: Tensor, out: Tensor) -> str | None:

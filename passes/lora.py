@@ -20,6 +20,7 @@ from .graph import (
     CASTS,
     arg,
     insert,
+    interior,
     kind,
     operands,
     order,
@@ -38,7 +39,6 @@ class _Adapter(NamedTuple):
     down: fx.Node
     up: fx.Node
     scales: tuple[Any, ...]
-    reads: tuple[fx.Node, ...]  # the two linear nodes
 
 
 def join_lora(graph: fx.Graph) -> int:
@@ -66,7 +66,7 @@ def _join(site: Site, mutations: Mutations, position: dict[fx.Node, int]) -> boo
     for base, term in operands(total):
         if _skip_casts(base) is site.out and isinstance(term, fx.Node):
             found = found or _match_adapter(term)
-    if found is None or not _reads_the_same(found, site, mutations, position):
+    if found is None or not _reads_the_same(found, total, site, mutations, position):
         return False
     result = _cast_back(total, site)
     if result is None:
@@ -146,7 +146,7 @@ def _match_adapter(term: fx.Node) -> _Adapter | None:
         return None
     if not a.is_floating_point() or not b.is_floating_point():
         return None
-    return _Adapter(arg(first, "input"), down, up, tuple(scales), (first, node))
+    return _Adapter(arg(first, "input"), down, up, tuple(scales))
 
 
 def _is_symbol(scale: Any) -> bool:
@@ -156,7 +156,7 @@ def _is_symbol(scale: Any) -> bool:
 
 
 def _reads_the_same(
-    adapter: _Adapter, site: Site, mutations: Mutations, position: dict[fx.Node, int]
+    adapter: _Adapter, total: fx.Node, site: Site, mutations: Mutations, position: dict[fx.Node, int]
 ) -> bool:
     """Whether the adapter reads the X of the layer, unchanged, and its factors are there where t is made."""
     inputs: Any = site.sparsify.args[1]
@@ -166,11 +166,11 @@ def _reads_the_same(
     if x is not skip_row_views(_skip_casts(inputs[0])):
         return False
     here = site.sparsify
-    late = [node for node in (adapter.down,) if position.get(node, len(position)) > position.get(here, -1)]
-    written = any(
-        mutations.between(node, read, here) for read in adapter.reads for node in read.all_input_nodes
-    )
-    return not late and not written
+    if position.get(adapter.down, len(position)) > position.get(here, -1):
+        return False
+    scales = [scale for scale in adapter.scales if isinstance(scale, fx.Node)]
+    inside = interior(total, [site.out, x, adapter.x, adapter.down, adapter.up, *scales])
+    return not mutations.reach(inside, total) and not mutations.reach(inside, here)
 
 
 def _skip_casts(node: Any) -> Any:

@@ -8,6 +8,7 @@ may write to them.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -86,6 +87,12 @@ class Mutations:
         last = len(self._position)
         low, high = sorted((self._position.get(first, last), self._position.get(second, last)))
         return any(low < write < high for write in self._writes.get(self._root(tensor), ()))
+
+    def reach(self, nodes: Iterable[fx.Node], end: fx.Node) -> bool:
+        """Whether a tensor that `nodes` read or yield may be written to between there and `end`."""
+        return bool(self._writes) and any(
+            self.between(tensor, node, end) for node in nodes for tensor in (node, *node.all_input_nodes)
+        )
 
     def stand_in(self, new: fx.Node, old: fx.Node) -> None:
         """`new` takes the place and the memory of `old`."""

@@ -32,18 +32,15 @@ def fold_norms(graph: fx.Graph) -> int:
 def match_norm(x: fx.Node) -> Producer | None:
     """((norm(h) · weight + bias) · (mult + offset)) + add, with any of them absent."""
     out = tensor(x)
-    return None if out is None else _peel(x, out, [], (x,))
+    return None if out is None else _peel(x, out, [])
 
 
-def _peel(
-    node: fx.Node, out: Tensor, affine: list[tuple[str, fx.Node]], covers: tuple[fx.Node, ...]
-) -> Producer | None:
+def _peel(node: fx.Node, out: Tensor, affine: list[tuple[str, fx.Node]]) -> Producer | None:
     """Follow sums and products inwards to the norm. affine: ("mul" | "add", operand), outermost first."""
     core = skip_cast_of_result(node)
-    covers = (*covers, core)
     norm = _norm(core)
     if norm is not None:
-        return _assemble(norm, affine, covers, out)
+        return _assemble(norm, affine, out)
     if kind(core) not in ("mul", "add") or len(affine) == len(_SLOTS):
         return None
     if kind(core) == "add" and arg(core, "alpha", 1) != 1:
@@ -52,9 +49,7 @@ def _peel(
         inner, other = tensor(main), tensor(operand)
         if inner is None or other is None or not same_shape(inner.shape, out.shape):
             continue
-        producer = (
-            _peel(main, out, [*affine, (kind(core), operand)], covers) if per_sample(other, out) else None
-        )
+        producer = _peel(main, out, [*affine, (kind(core), operand)]) if per_sample(other, out) else None
         if producer is not None:
             return producer
     return None
@@ -66,7 +61,6 @@ class _Norm(NamedTuple):
     weight: fx.Node | None
     bias: fx.Node | None
     eps: float
-    covers: tuple[fx.Node, ...]
 
 
 def _norm(node: fx.Node) -> _Norm | None:
@@ -85,7 +79,7 @@ def _norm(node: fx.Node) -> _Norm | None:
         bias = None
     weight = arg(node, "weight")
     weight, bias = (None if vector is None else skip_casts(vector) for vector in (weight, bias))
-    return _Norm(kind(node), skip_casts(source), weight, bias, eps, (node,))
+    return _Norm(kind(node), skip_casts(source), weight, bias, eps)
 
 
 def _rms_norm_spelled_out(node: fx.Node) -> _Norm | None:
@@ -99,19 +93,17 @@ def _rms_norm_spelled_out(node: fx.Node) -> _Norm | None:
         if kind(shifted) != "add" or arg(shifted, "alpha", 1) != 1:
             continue
         for variance, constant in operands(shifted):
-            eps, square = scalar(constant), _mean_of(variance)
-            if eps is None or square is None:
+            eps, squared = scalar(constant), _mean_of_square(variance)
+            if eps is None or squared is None:
                 continue
-            source = skip_casts(square[1])
+            source = skip_casts(squared)
             if source is skip_casts(scaled):
-                return _Norm(
-                    "rms_norm", source, None, None, eps, (node, factor, shifted, variance, square[0])
-                )
+                return _Norm("rms_norm", source, None, None, eps)
     return None
 
 
-def _mean_of(variance: Any) -> tuple[fx.Node, fx.Node] | None:
-    """(square node, its input) of mean(x², -1, keepdim=True)."""
+def _mean_of_square(variance: Any) -> fx.Node | None:
+    """x of mean(x², -1, keepdim=True)."""
     if kind(variance) != "mean" or arg(variance, "keepdim", False) is not True:
         return None
     square, dim = arg(variance, "input"), arg(variance, "dim")
@@ -120,15 +112,13 @@ def _mean_of(variance: Any) -> tuple[fx.Node, fx.Node] | None:
     if example is None or len(dims) != 1 or dims[0] not in (-1, example.dim() - 1):
         return None
     if kind(square) == "square" or (kind(square) == "pow" and scalar(arg(square, "exponent")) == 2.0):
-        return square, arg(square, "input")
+        return arg(square, "input")
     if kind(square) == "mul" and arg(square, "input") is arg(square, "other"):
-        return square, arg(square, "input")
+        return arg(square, "input")
     return None
 
 
-def _assemble(
-    norm: _Norm, affine: list[tuple[str, fx.Node]], covers: tuple[fx.Node, ...], out: Tensor
-) -> Producer | None:
+def _assemble(norm: _Norm, affine: list[tuple[str, fx.Node]], out: Tensor) -> Producer | None:
     """Put each factor and summand into the first slot that is free, in the order they apply."""
     slots: dict[str, fx.Node | None] = {"weight": norm.weight, "bias": norm.bias, "mult": None, "add": None}
     example = tensor(norm.x)
@@ -136,7 +126,6 @@ def _assemble(
         return None
     next_slot = 2 if norm.bias is not None else 1 if norm.weight is not None else 0
     offset = 0.0
-    extra: tuple[fx.Node, ...] = ()
     for what, operand in reversed(affine):
         operand = skip_casts(operand)
         shape = tensor(operand)
@@ -147,26 +136,25 @@ def _assemble(
             return None
         next_slot = _SLOTS.index(slot) + 1
         if slot == "mult":
-            operand, offset, extra = _without_offset(operand)
+            operand, offset = _without_offset(operand)
         slots[slot] = operand
     inputs = (norm.x, *(slots[name] for name in _SLOTS))
-    return Producer(norm.name, inputs, (*covers, *norm.covers, *extra), norm.eps, offset)
+    return Producer(norm.name, inputs, norm.eps, offset)
 
 
-def _without_offset(mult: fx.Node) -> tuple[fx.Node, float, tuple[fx.Node, ...]]:
+def _without_offset(mult: fx.Node) -> tuple[fx.Node, float]:
     """(scale, 1.0) for 1 + scale, also behind views that add dimensions; (mult, 0.0) for anything else."""
-    node, covers = mult, [mult]
+    node = mult
     while kind(node) in ("unsqueeze", "squeeze") or _adds_dimensions(node):
         node = arg(node, "input")
-        covers.append(node)
     node = skip_casts(node)
     if kind(node) not in ("add", "radd") or (kind(node) == "add" and arg(node, "alpha", 1) != 1):
-        return mult, 0.0, ()
+        return mult, 0.0
     for scale, constant in operands(node):
         offset, before, after = scalar(constant), tensor(scale), tensor(node)
         if offset is not None and before is not None and after is not None and before.dtype == after.dtype:
-            return skip_casts(scale), offset, (*covers, node)
-    return mult, 0.0, ()
+            return skip_casts(scale), offset
+    return mult, 0.0
 
 
 def _adds_dimensions(node: fx.Node) -> bool:

@@ -16,16 +16,15 @@ import torch
 from torch import fx
 
 from ..runtime import ops, semantics
-from .graph import CASTS, arg, kind, real_users, same_shape, skip_casts, tensor
+from .graph import CASTS, arg, interior, kind, real_users, same_shape, skip_casts, tensor
 from .mutation import Mutations, remove_dead
 
 
 class Producer(NamedTuple):
-    """A producer of `semantics.PRODUCERS`. covers: the nodes it stands for."""
+    """A producer of `semantics.PRODUCERS` and its inputs there."""
 
     name: str
     inputs: tuple[fx.Node | None, ...]
-    covers: tuple[fx.Node, ...]
     eps: float = 0.0
     mult_offset: float = 0.0
 
@@ -44,7 +43,7 @@ def fold(graph: fx.Graph, match: Match) -> int:
         if any(not _is_identity_sparsify(user) for user in real_users(x)):
             continue
         producer = recognise(x, match)
-        if producer is not None and not _moved_over_a_write(producer, node, mutations):
+        if producer is not None and not mutations.reach(interior(x, producer.inputs), node):
             _rewrite(node, x, producer)
             count += 1
     if count:
@@ -58,7 +57,7 @@ def recognise(x: fx.Node, match: Match) -> Producer | None:
     producer = match(x) if out is not None and out.is_floating_point() else None
     if producer is None or out is None:
         return None
-    for node in producer.covers:
+    for node in interior(x, producer.inputs):
         inner = tensor(node)
         if inner is not None and torch.promote_types(inner.dtype, out.dtype) != inner.dtype:
             return None
@@ -84,10 +83,9 @@ def skip_cast_of_result(x: fx.Node) -> fx.Node:
     return x
 
 
-def activation_of(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | None:
-    """(name in `semantics.ACTIVATIONS`, input, nodes covered) of an activation in any spelling."""
+def activation_of(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """(name in `semantics.ACTIVATIONS`, input) of an activation in any spelling."""
     core = skip_cast_of_result(node)
-    covers: tuple[fx.Node, ...] = (core,) if core is node else (node, core)
     if kind(core) == "gelu":
         name = {"none": "gelu", "tanh": "gelu_tanh"}.get(arg(core, "approximate", "none"), "")
     elif kind(core) in ("silu", "relu") and not arg(core, "inplace", False):
@@ -97,11 +95,11 @@ def activation_of(node: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | N
         a, b = (b, a) if kind(a) == "sigmoid" else (a, b)
         if kind(b) != "sigmoid" or arg(b, "input") is not a:
             return None
-        return "silu", skip_casts(a), (*covers, b)
+        return "silu", skip_casts(a)
     else:
         return None
     source = arg(core, "input")
-    return (name, skip_casts(source), covers) if name and isinstance(source, fx.Node) else None
+    return (name, skip_casts(source)) if name and isinstance(source, fx.Node) else None
 
 
 def same_shape_nodes(a: fx.Node, b: fx.Node) -> bool:
@@ -112,16 +110,6 @@ def same_shape_nodes(a: fx.Node, b: fx.Node) -> bool:
 
 def _is_identity_sparsify(node: fx.Node) -> bool:
     return node.target is ops.sparsify and node.args[0] == "identity"
-
-
-def _moved_over_a_write(producer: Producer, sparsify: fx.Node, mutations: Mutations) -> bool:
-    """Whether an input may have been written to between where it was read and the `sparsify`."""
-    inputs = [node for node in producer.inputs if node is not None]
-    return any(
-        mutations.between(tensor_read, covered, sparsify)
-        for covered in producer.covers
-        for tensor_read in (*inputs, *covered.all_input_nodes)
-    )
 
 
 def _rewrite(sparsify: fx.Node, x: fx.Node, producer: Producer) -> None:

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..runtime import ops
-from .graph import insert, kind, replace, tensor
+from .graph import insert, replace, tensor
 from .mutation import Mutations
 
 META = "rt_lynx"  # key of node.meta: Note of a sparse_linear; {down: (start, rank)} of a sparsify
+_SHAPE = "shape"  # what META holds for the reshape behind a sparse_linear
 RANK_MULTIPLE = 16  # the LoRA branch runs in steps of 16 on tensor cores
 
 
@@ -67,7 +68,7 @@ class Site:
         y.meta[META] = self.note
         out = y
         if self.out is not self.y:
-            out = insert(consumed, torch.reshape, (y, *self.out.args[1:]), self.out)
+            out = shaped(y, self.out.args[1], consumed)
         for new in dict.fromkeys((y, out)):
             mutations.stand_in(new, consumed)
         replace(consumed, out)
@@ -76,6 +77,13 @@ class Site:
                 old.graph.erase_node(old)
         self.y, self.out = y, out
         return True
+
+
+def shaped(y: fx.Node, shape: Any, before: fx.Node) -> fx.Node:
+    """y (M, N) in the shape of a layer's output."""
+    out = insert(before, torch.reshape, (y, shape), y)
+    out.meta[META] = _SHAPE
+    return out
 
 
 def sites(graph: fx.Graph) -> Iterator[Site]:
@@ -93,7 +101,7 @@ def sites_of(sparsify: fx.Node) -> list[Site]:
         if y.target is not ops.sparse_linear:
             continue
         readers = list(y.users)
-        reshaped = len(readers) == 1 and kind(readers[0]) == "reshape"
+        reshaped = len(readers) == 1 and readers[0].meta.get(META) is _SHAPE  # ours, not one of the model
         found.append(Site(sparsify, y, readers[0] if reshaped else y, y.meta.get(META, Note(y.name))))
     return found
 

@@ -57,3 +57,22 @@ def test_a_stretch_in_a_narrower_dtype_keeps_its_rounding():
     unchanged = {"gelu": 1, "sparsify:identity": 1}
     module = function(forward, a=nn.Linear(64, 64))
     check_fusion(module, [X], fold_activations, unchanged, unchanged, count=0)
+
+
+def test_not_folded_when_what_it_yields_is_written_to():
+    """The write is on the cast between the activation and the layer."""
+
+    def forward(m, x):
+        h = F.silu(x.float()).double()
+        h.mul_(2)
+        return m.a(h.float().double())
+
+    unchanged = {"silu": 1, "sparsify:identity": 1}
+    module = function(forward, a=nn.Linear(64, 64))
+    check_fusion(module, [X], fold_activations, unchanged, unchanged, count=0)
+
+
+def test_a_rounding_between_two_casts_is_kept():
+    unchanged = {"silu": 1, "sparsify:identity": 1}
+    module = function(lambda m, x: m.a(F.silu(x).float().double()), a=nn.Linear(64, 64))
+    check_fusion(module, [X], fold_activations, unchanged, unchanged, count=0)

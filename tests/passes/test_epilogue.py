@@ -59,6 +59,13 @@ def test_left_alone(forward):
     )
 
 
+def test_a_reshape_of_the_model_is_not_taken_for_ours():
+    """The output is two-dimensional, so nothing stands between it and the model's own reshape."""
+    module = function(lambda m, x, gate: m.a(x[0]).reshape(5, 64) + x[0], a=nn.Linear(64, 64))
+    unchanged = {"sparse_linear": 1, "add": 1, "reshape": 1}
+    check_fusion(module, [X, GATE], fold_epilogues, unchanged, unchanged, count=0)
+
+
 def test_not_moved_over_a_write_to_the_weight():
     def forward(m, x, gate):
         y = m.a(x)

@@ -71,6 +71,17 @@ def test_beside_a_compensating_branch(shifted):
     torch.testing.assert_close(gm(X.double(), SCALE.double()), want, rtol=1e-10, atol=1e-10)
 
 
+def test_an_adapter_that_is_written_to_is_left():
+    def forward(m, x, s):
+        y, branch = m.base(x), adapter(m, x)
+        branch.mul_(2)
+        return y + branch
+
+    module = function(forward, base=nn.Linear(64, 64), lora=low_rank(4)).double().eval().requires_grad_(False)
+    gm = _only_base_sparse(module, X, SCALE)
+    assert join_lora(gm.graph) == 0
+
+
 @pytest.mark.parametrize(
     "forward",
     [
