@@ -59,7 +59,7 @@ def demo(
     console.print(summary(result))
     if result.emulated:
         console.print(
-            "No kernels for this device: sparse variants were emulated. Pictures are exact, times are not.",
+            "No kernels for this device: the sparse variants were emulated, so their seconds say nothing.",
             style="dim",
         )
     console.print(f"{out / 'grid.png'}\n{out / 'report.html'}", highlight=False)
