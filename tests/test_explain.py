@@ -95,8 +95,11 @@ def test_break_even_of_the_device_decides(tiny_folder):
     sparse = [row for row in rows if row.decision == "sparse"]
     assert below
     assert sparse
+    readers = {"to_q": 3, "to_k": 3, "to_v": 3, "add_q_proj": 3, "add_k_proj": 3, "add_v_proj": 3}
     for row in below + sparse:
-        shared = 4 if "single" in row.name and row.k == 1024 else 3 if ".to_" in row.name else 1
+        shared = readers.get(row.name.split(".")[-1], 1)
+        if row.name.startswith("single") and "proj_out" not in row.name:
+            shared = 4  # Q, K, V and proj_mlp read one X
         least = cost.break_even_tokens("h200", row.n, row.k, 0, shared)
         assert (least is None or row.m < least) == (row.decision == "dense"), row
 
