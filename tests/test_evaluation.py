@@ -14,7 +14,7 @@ from lynx_compile.evaluation.emoji import prompts, to_pictures
 from lynx_compile.evaluation.features import kid
 from lynx_compile.evaluation.methods import Method, sparse_weights
 from lynx_compile.evaluation.metrics import MAX_PSNR, Mean, psnr, relative_error, ssim
-from lynx_compile.evaluation.run import speed_of
+from lynx_compile.evaluation.run import Settings, Study, speed_of
 from lynx_compile.evaluation.table import Table, draw_pictures
 from lynx_compile.evaluation.weight_sparsity import (
     InputStatistics,
@@ -26,6 +26,7 @@ from lynx_compile.evaluation.weight_sparsity import (
     wanda,
 )
 from lynx_compile.profile import Branch
+from tests.test_calibration import Model
 
 
 def statistics(x: torch.Tensor) -> InputStatistics:
@@ -155,3 +156,63 @@ def test_committed_results_name_their_source() -> None:
         assert {"device", "command", "commit", "prompts", "steps", "rows"} <= data.keys()
         for row in data["rows"]:
             assert {"method", "sparse_flops_share", "psnr_db", "latent_rel_err"} <= row.keys()
+
+
+class SmallPipe:
+    """A pipeline in miniature: prompts are seeds' companions, steps move the latents along the velocity."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.transformer = Model().eval().requires_grad_(False)
+
+    def __call__(
+        self,
+        prompts: list[str],
+        *,
+        num_inference_steps: int,
+        generator: list[torch.Generator],
+        output_type: str,
+    ) -> tuple[torch.Tensor]:
+        assert output_type == "latent"
+        x = torch.stack(
+            [torch.randn(24, 64, generator=g) + len(p) / 50 for p, g in zip(prompts, generator, strict=True)]
+        )
+        for _ in range(num_inference_steps):
+            x = x - self.transformer(x) / num_inference_steps
+        return (x,)
+
+
+def test_study_fills_the_table() -> None:
+    settings = Settings(
+        prompts=6,
+        steps=3,
+        rank=16,
+        calibration_prompts=16,
+        validation_prompts=4,
+        distill_prompts=16,
+        distill_samples=8,
+        recipe_steps=20,
+        joint_steps=4,
+        shares=(0.5, 0.4),
+        distilled_share=0.5,
+        batch_size=8,
+    )
+    study = Study(
+        SmallPipe(),
+        lambda count, start: [f"{i} {'x' * (i % 7)}" for i in range(start, start + count)],
+        settings,
+        lambda s: s.reshape(-1, 1, 24, 64).expand(-1, 3, -1, -1).sigmoid(),
+    )
+    rows = {row.method: row for row in study.run().rows}
+    assert rows["dense"].latent_rel_err == 0
+    chosen = rows["closed form + shift + SL end to end, 50%"]
+    assert chosen.sparse_flops_share >= 0.5 - 1e-9
+    assert chosen.latent_rel_err < rows["SA-NC-LoRA, closed form + shift"].latent_rel_err
+    assert rows["closed form + shift + SL end to end, 40%"].sparse_flops_share >= 0.4 - 1e-9
+    assert rows["SA-NC-LoRA r16, paper's recipe (20 steps)"].calibration_s > 0
+    assert any("joint distillation" in name for name in rows)
+    assert sum("2:4 weights" in name for name in rows) == 5
+    profile = study.profile
+    assert profile is not None
+    assert 0 < len(profile.sparse_layers()) < len(profile.layers)
+    assert all("sample" in layer.sensitivity for layer in profile.layers.values())
