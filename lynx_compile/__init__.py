@@ -9,6 +9,7 @@ from .report import clear_report, report
 
 if TYPE_CHECKING:
     from .backend import rewrite, rt_lynx
+    from .calibration import calibrate
     from .explanation import explain
     from .layers import LynxLinear, attach, detach
     from .profile import apply_profile
@@ -19,6 +20,7 @@ _LAZY = {
     "LynxLinear": "layers",
     "apply_profile": "profile",
     "attach": "layers",
+    "calibrate": "calibration",
     "compile_blocks": "regional",
     "detach": "layers",
     "explain": "explanation",
@@ -30,6 +32,7 @@ __all__ = [
     "LynxLinear",
     "apply_profile",
     "attach",
+    "calibrate",
     "clear_report",
     "compile_blocks",
     "detach",
