@@ -92,6 +92,7 @@ def rewrite(
         note = f"rewriting failed, so the model runs dense: {type(error).__name__}: {error}"
         report = GraphReport(tuple(map(_row, linears, _all_dense(linears, note))), note)
         log.warning("%s (options={'strict': True} raises it)", note, exc_info=True)
+    _log(report, gm)
     if recorded:
         _notify(report)
         record(report, CompileContext.current_compile_id())
@@ -151,6 +152,20 @@ def _build_kernels_ahead(graph: fx.Graph) -> None:
         kernels.prepare(graph, tensor)
     except Exception:
         log.debug("kernels are built on first use", exc_info=True)
+
+
+def _log(report: GraphReport, gm: fx.GraphModule) -> None:
+    """What `TORCH_LOGS=lynx_compile` (a line a graph) and `TORCH_LOGS=+lynx_compile` (all of it) show."""
+    sparse = sum(row.decision == "sparse" for row in report.rows)
+    log.info(
+        "%d of %d linear layers sparse%s", sparse, len(report.rows), f": {report.note}" if report.note else ""
+    )
+    for row in report.rows:
+        log.debug(
+            "%s: %s (%s·%d·%d, %s)", row.name, row.decision, row.symbol or row.m, row.n, row.k, row.reason
+        )
+    if sparse and log.isEnabledFor(logging.DEBUG):
+        log.debug("rewritten graph:\n%s", gm.graph)
 
 
 def _notify(report: GraphReport) -> None:

@@ -1,6 +1,7 @@
 """torch.compile(model, backend="rt_lynx") as a user meets it, on a machine without kernels."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -79,6 +80,25 @@ def test_without_kernels_the_model_is_dense_and_one_notice_says_so(caplog):
     assert torch.equal(got, model(X))
     assert len([record for record in caplog.records if "runs dense: no kernels" in record.message]) == 1
     assert all(row.decision == "dense" and "no kernels" in row.reason for row in lynx_compile.report().rows)
+
+
+def test_torch_logs_tell_what_was_decided():
+    code = (
+        "import torch; m = torch.nn.Linear(64, 64).requires_grad_(False)\n"
+        "o = {'emulate': True, 'rest': 'eager', 'min_tokens': 0, 'only': ['*']}\n"
+        "torch.compile(m, backend='rt_lynx', options=o)(torch.randn(8, 64))"
+    )
+    told = {}
+    for switch in ("recompiles", "lynx_compile", "+lynx_compile"):
+        environment = {**os.environ, "TORCH_LOGS": switch}
+        command = [sys.executable, "-c", code]
+        told[switch] = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment
+        ).stderr
+    assert "linear layers sparse" not in told["recompiles"]
+    assert "1 of 1 linear layers sparse" in told["lynx_compile"]
+    assert "rewritten graph" not in told["lynx_compile"]
+    assert "rt_lynx.sparsify" in told["+lynx_compile"]
 
 
 def test_emulation_is_the_definition():
