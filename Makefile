@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/rt-lynx demo
 
 test: lint
-	$(BIN)/python -m pytest tests -n 2 -m "not gpu"
+	$(BIN)/python -m pytest tests -n 2
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu -m gpu
