@@ -64,6 +64,11 @@ def rewrite(
     The graph is left exactly as it was when nothing in it becomes sparse, when gradients are on, and when a
     pass fails (with `strict=True`, that error is raised instead).
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(
+            f"rewrite takes a torch.fx.GraphModule, not a {type(gm).__name__}; "
+            "torch.export.export(module, args).module() is one"
+        )
     settings = options if isinstance(options, Options) else Options.parse(options)
     linears: list[Linear] = []
     try:

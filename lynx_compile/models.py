@@ -8,6 +8,7 @@ any size is built in a second.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -202,14 +203,27 @@ def resolve(model: str) -> Resolved:
     path = Path(model)
     for candidate in (path, path / "transformer" / "config.json", path / "config.json"):
         if candidate.is_file():
-            return _from_config(model, json.loads(candidate.read_text()))
+            return _from_config(model, read_object(candidate))
     if path.exists():
         raise ValueError(f"{model}: no transformer/config.json and no config.json in this folder")
     if "/" not in model:
+        near = difflib.get_close_matches(model, KNOWN, n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"{model!r} is no known model, no path and no hub id; known models: {', '.join(KNOWN)}"
+            f"{model!r} is no known model, no path and no hub id; {meant}known models: {', '.join(KNOWN)}"
         )
     return _from_config(model, _hub_config(model))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError that names the file when it holds something else."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # also what is no text
+        raise ValueError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not a JSON object")
+    return found
 
 
 def transformer_class(name: str) -> Any:
@@ -247,7 +261,7 @@ def _hub_config(repository: str) -> dict[str, Any]:
 
     for filename in ("transformer/config.json", "config.json"):
         try:
-            return json.loads(Path(hf_hub_download(repository, filename)).read_text())
+            return read_object(Path(hf_hub_download(repository, filename)))
         except Exception as error:
             failure = error
     raise ValueError(

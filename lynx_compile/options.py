@@ -47,6 +47,8 @@ class Options:
         Raises TypeError for an unknown option (naming the nearest valid one) or one of the wrong type, and
         ValueError for a value outside its choices.
         """
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"options={options!r} is a {type(options).__name__}; give a dict")
         given = dict(options or {})
         if mode is not None:
             given.setdefault("mode", mode)

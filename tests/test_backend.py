@@ -460,3 +460,8 @@ def test_a_compilation_that_starts_over_is_reported_once():
     for tokens in (8, 5):
         function(torch.randn(2, tokens, 64, dtype=torch.float64))
     assert len(lynx_compile.report().graphs) == 1
+
+
+def test_rewrite_of_what_is_no_graph_says_what_to_pass():
+    with pytest.raises(TypeError, match=r"takes a torch.fx.GraphModule, not a Linear; .*export"):
+        backend.rewrite(nn.Linear(64, 64))

@@ -175,6 +175,19 @@ def test_missing_model_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_or_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch, tiny_pipe):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    made = CliRunner().invoke(app, ["demo", "--device", "cuda", "--out", str(tmp_path / "out")])
+    assert made.exit_code == 1
+    assert "error: --device cuda" in made.output
+    monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
+    file = tmp_path / "file"
+    file.touch()
+    made = CliRunner().invoke(app, ["demo", "--out", str(file)], env={"COLUMNS": "400"})
+    assert made.exit_code == 1
+    assert f"'{file}'" in made.output
+
+
 def test_command_writes_grid_and_page(tmp_path, monkeypatch, tiny_pipe):
     monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
     out = tmp_path / "out"

@@ -169,6 +169,9 @@ def test_command_line(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["flux-dev"], "did you mean 'flux'?"),
+        (["flux", "--batch", "0"], "--batch"),
+        (["flux", "--rank", "-1"], "--rank"),
         (["nope"], "no known model"),
         (["flux", "--resolution", "big"], "'big'"),
         (["flux", "--resolution", "1000"], "multiples of 16"),
@@ -184,6 +187,16 @@ def test_bad_arguments_say_what_is_wrong(arguments, said):
 
 def test_bad_configs(tmp_path):
     path = tmp_path / "config.json"
+    for content, said in (
+        (b"{bad", "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[]", "holds a list"),
+    ):
+        path.write_bytes(content)
+        for arguments in ([str(path)], [str(tmp_path)], ["--fit", str(path)]):
+            answer = run(app, ["explain", *arguments], env={"COLUMNS": "400"})
+            assert answer.exit_code == 2
+            assert f"config.json: {said}" in answer.output
     path.write_text("{}")
     with pytest.raises(ValueError, match="no _class_name"):
         models.resolve(str(path))

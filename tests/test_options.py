@@ -20,6 +20,7 @@ from lynx_compile.options import Options
         ({"min_tokens": -1}, ValueError, "negative"),
         ({"compensation": "nrm"}, ValueError, "did you mean 'norm'"),
         ({"rest": "eger"}, ValueError, "did you mean 'eager'"),
+        ("skip", TypeError, "is a str; give a dict"),
         ({"rest": None}, TypeError, "one of 'inductor', 'eager'"),
         ({"mode": "max-autotun"}, ValueError, "did you mean 'max-autotune"),
         ({"inductor": ["x"]}, TypeError, "a dict of Inductor options"),

@@ -47,11 +47,11 @@ def demo(
     try:
         with console.status("loading the model"):
             pipe = _load(model, device)
+        out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made ends it before the work
         result = _run(console, pipe, list(prompt or PROMPTS), seed, steps, guidance)
-    except (FileNotFoundError, ImportError, RuntimeError) as error:
+    except (OSError, ImportError, RuntimeError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from error
-    out.mkdir(parents=True, exist_ok=True)
     from ..demo import picture_grid, render
 
     picture_grid(result).save(out / "grid.png", optimize=True)
@@ -75,6 +75,10 @@ def _load(model: Path | None, device: str | None) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"--device {device}: torch {torch.__version__} sees no NVIDIA GPU; use --device cpu"
+        )
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     return load_emoji_pipeline(model, dtype=dtype).to(chosen)
 

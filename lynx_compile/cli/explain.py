@@ -28,11 +28,11 @@ def explain(
     device: Annotated[
         str, typer.Option(help='Cost table for predicted times; "none" for no times.')
     ] = "h200",
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA branch in the predicted times.")] = 64,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the LoRA branch in the predicted times.")] = 64,
     resolution: Annotated[
         str | None, typer.Option(help="Pixels, as 1024 or 1360x768; default: the model's own.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Samples in one step.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in one step.")] = 1,
     skip: Annotated[
         list[str] | None, typer.Option(help="Glob of layers that stay dense; repeatable.")
     ] = None,
@@ -138,10 +138,9 @@ def _list_models() -> None:
 
 
 def _fit(bench: Path) -> None:
-    import json
-
     from .. import cost
+    from ..models import read_object
 
-    path, costs = cost.refit(json.loads(bench.read_text()))
+    path, costs = cost.refit(read_object(bench))
     errors = ", ".join(f"{name} {error:.1%}" for name, error in costs.errors.items())
     typer.echo(f"{path}: mean relative error of the fit: {errors}")
