@@ -43,12 +43,20 @@ def fold(graph: fx.Graph, match: Match) -> int:
         if any(not _is_identity_sparsify(user) for user in real_users(x)):
             continue
         producer = recognise(x, match)
-        if producer is not None and not mutations.reach(interior(x, producer.inputs), node):
+        if producer is not None and not _outdated(mutations, x, producer, node):
             _rewrite(node, x, producer)
             count += 1
     if count:
         remove_dead(graph)
     return count
+
+
+def _outdated(mutations: Mutations, x: fx.Node, producer: Producer, sparsify: fx.Node) -> bool:
+    """Whether the producer's inputs may no longer hold at `sparsify` what they held when X was computed."""
+    if mutations.reach(interior(x, producer.inputs), sparsify):
+        return True
+    # cat([gelu(a), gelu(a)]) reads gelu(a) and a: a node that is itself an input is not in the interior
+    return any(read is not None and mutations.between(read, read, sparsify) for read in producer.inputs)
 
 
 def recognise(x: fx.Node, match: Match) -> Producer | None:

@@ -33,3 +33,17 @@ def test_left_alone(forward, inputs):
     unchanged = {"cat": 1, "sparsify:identity": 1}
     module = function(forward, out=nn.Linear(192, 64))
     check_fusion(module, inputs, fold_concatenations, unchanged, unchanged, count=0)
+
+
+def test_an_input_written_after_its_activation_was_taken():
+    """gelu(b) is both halves: folding the second would read b after the write (found by fuzzing)."""
+
+    def forward(m, a, b):
+        inner = b * 2
+        act = F.gelu(inner)
+        inner.neg_()
+        return m.out(torch.cat([act, act], -1)), inner
+
+    unchanged = {"cat": 1, "sparsify:identity": 1}
+    module = function(forward, out=nn.Linear(256, 64))
+    check_fusion(module, [A, B], fold_concatenations, unchanged, unchanged, count=0)
