@@ -6,13 +6,17 @@ Notation, used everywhere in this project:
     W   (N, K)  weight, row-major as in `torch.nn.Linear`
     A   (R, K)  LoRA down-projection,   B (N, R) LoRA up-projection
 
-    z    = x − μ                       μ: per-channel shift (default 0); the caller folds W·μ into b
+    z    = x − μ                       μ: shift (default 0), per channel or per sample and channel; the caller
+                                       folds W·μ into b
     q    = |z| · c                     c: per-channel score (default 1)
     keep = top-2 of q in each group of 4 neighbours along K; ties go to the lower index
     z̃    = z where kept, else 0
     s    = sqrt(Σ z² / (Σ z̃² + 1e-8))  one per row   (compensation "norm"; 1 for "native")
     t    = z · Aᵀ                      rounded to X's dtype
-    y    = s · (z̃ · Wᵀ) + t · Bᵀ + b
+    y    = s · (z̃ · Wᵀ) + t · Bᵀ + b   b: bias per channel, or per sample and channel
+
+What may hold one row a sample (μ, b, adaLN's mult and add, the gate) comes in any shape of S·K or S·N
+elements; row i of M belongs to sample i // (M / S).
 
 Arithmetic is fp32 for bf16, fp16 and fp32 inputs and fp64 for fp64 inputs; z, z̃, t and y are rounded to X's
 dtype once each. A NaN or Inf in row i may poison row i, never another row: a NaN score counts as +Inf, so the
@@ -79,7 +83,7 @@ def produce(
     """X, (M, K): the tensor in front of the linear layer, computed in fp32 and rounded to its dtype once.
 
     Inputs are N-D with channels last and are flattened to rows. `mult` and `add` (adaLN modulation) hold one
-    row per sample: any shape of B·K elements; row i of X belongs to sample i // (M / B).
+    row per sample, S·K elements.
 
         identity            x
         <act>               act(x)
@@ -132,10 +136,20 @@ def _normalized(producer: str, rows: Sequence[Tensor | None], eps: float, mult_o
 
 
 def _per_row(per_sample: Tensor, rows: Tensor) -> Tensor:
-    """(B, C) repeated over the M / B consecutive rows of each sample, to (M, C)."""
+    """S rows of channels, one a sample, each repeated for its M / S consecutive rows of `rows` (M, C).
+
+    Returns (M, C), or (1, C) for one sample. Raises ValueError when the samples do not share M evenly.
+    """
     m, channels = rows.shape
     samples = per_sample.reshape(-1, channels)
-    return samples.repeat_interleave(m // max(samples.shape[0], 1), 0) if samples.shape[0] != m else samples
+    count = samples.shape[0]
+    if count == 1 or count == m:
+        return samples
+    if count == 0 or m % count:
+        raise ValueError(
+            f"{count} samples cannot share M = {m} rows evenly; give one row of channels a sample"
+        )
+    return samples.repeat_interleave(m // count, 0)
 
 
 def keep_mask(q: Tensor) -> Tensor:
@@ -164,7 +178,8 @@ def sparsify(
 ) -> Sparsified:
     """Prune X (M, K) to 2:4 and compute what restores it.
 
-    shift, score: (K,). lora_down: A, (R, K). compensation: "norm" or "native".
+    shift: S·K elements, one row a sample; row i of X belongs to sample i // (M / S). score: (K,).
+    lora_down: A, (R, K). compensation: "norm" or "native".
     Raises ValueError when K is not a multiple of 4 or the compensation is unknown.
     """
     if x.shape[-1] % GROUP:
@@ -172,7 +187,7 @@ def sparsify(
     if compensation not in COMPENSATIONS:
         raise ValueError(f"unknown compensation {compensation!r}; one of {', '.join(COMPENSATIONS)}")
     acc = compute_dtype(x.dtype)
-    z = x if shift is None else (x.to(acc) - shift.to(acc)).to(x.dtype)
+    z = x if shift is None else (x.to(acc) - _per_row(shift.to(acc), x)).to(x.dtype)
     q = z.to(acc).abs() if score is None else z.to(acc).abs() * score.to(acc)
     keep = keep_mask(q)
     pruned = torch.where(keep, z, torch.zeros((), dtype=z.dtype, device=z.device))
@@ -198,15 +213,15 @@ def sparse_linear(
 ) -> Tensor:
     """y (M, N) = residual + gate · act(s · (z̃ · Wᵀ) + t · Bᵀ + b), rounded once.
 
-    pruned: (M, K). scale: (M,). t: (M, R). weight: (N, K). lora_up: (N, R). bias: (N,).
-    gate: B·N elements, one row a sample. residual: M·N elements. Absent terms are left out.
+    pruned: (M, K). scale: (M,). t: (M, R). weight: (N, K). lora_up: (N, R).
+    bias, gate: S·N elements, one row a sample. residual: M·N elements. Absent terms are left out.
     """
     acc = compute_dtype(pruned.dtype)
     y = scale.to(acc)[:, None] * (pruned.to(acc) @ weight.to(acc).T)
     if lora_up is not None:
         y = y + t.to(acc) @ lora_up.to(acc).T
     if bias is not None:
-        y = y + bias.to(acc)
+        y = y + _per_row(bias.to(acc), y)
     y = ACTIVATIONS[activation](y)
     if gate is not None:
         y = y * _per_row(gate.to(acc), y)
@@ -227,7 +242,8 @@ def dense_linear(
 ) -> Tensor:
     """y (M, N) = residual + gate · act(X · Wᵀ + b + Σ X · Aᵀ · Bᵀ): the layer without pruning.
 
-    x: (M, K). branches: (A (R, K), B (N, R)) of the user's adapters. The rest as in `sparse_linear`.
+    x: (M, K). branches: (A (R, K), B (N, R)) of the user's adapters. bias: (N,). The rest as in
+    `sparse_linear`.
     """
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     for down, up in branches:

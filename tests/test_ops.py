@@ -46,14 +46,18 @@ def test_metadata_words_are_where_wgmma_reads_them():
     dtype=dtypes,
     compensation=st.sampled_from(semantics.COMPENSATIONS),
     with_vectors=st.booleans(),
+    samples=st.sampled_from([1, 2]),
     activation=st.sampled_from(list(semantics.ACTIVATIONS)),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_two_ops_compose_to_the_semantics(m, k, n, rank, dtype, compensation, with_vectors, activation):
-    x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+def test_the_two_ops_compose_to_the_semantics(
+    m, k, n, rank, dtype, compensation, with_vectors, samples, activation
+):
+    m *= samples
+    x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(samples, n).to(dtype)
     down = torch.randn(rank, k).to(dtype) if rank else None
     up = torch.randn(n, rank).to(dtype) if rank else None
-    vectors = {"shift": torch.randn(k), "score": torch.rand(k)} if with_vectors else {}
+    vectors = {"shift": torch.randn(samples, k), "score": torch.rand(k)} if with_vectors else {}
     got = ops.sparsify("identity", [x], lora_down=down, compensation=compensation, **vectors)
     y = ops.sparse_linear(*got, w, lora_up=up, bias=bias, activation=activation)
     expected = semantics.sparsify(x, lora_down=down, compensation=compensation, **vectors)
@@ -75,6 +79,8 @@ def test_opcheck_sparsify(producer):
         "lora_down": torch.randn(16, 64 * (1 + producer.startswith("cat"))),
     }
     torch.library.opcheck(ops.sparsify, (producer, inputs), kwargs)
+    per_sample = torch.randn(2, 1, kwargs["lora_down"].shape[1])
+    torch.library.opcheck(ops.sparsify, (producer, inputs), {**kwargs, "shift": per_sample})
     values, _, scale, t = ops.sparsify(producer, inputs, **kwargs)
     assert scale.shape == (10,)
     assert t.shape == (10, 16)
@@ -89,7 +95,7 @@ def test_opcheck_sparse_linear():
     got = ops.sparsify("identity", [x], lora_down=torch.randn(16, 64))
     kwargs = {
         "lora_up": torch.randn(32, 16),
-        "bias": torch.randn(32),
+        "bias": torch.randn(2, 32),
         "activation": "silu",
         "gate": torch.randn(2, 32),
         "residual": torch.randn(2, 3, 32),

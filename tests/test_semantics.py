@@ -98,6 +98,27 @@ def test_epilogue_is_residual_plus_gate_times_activation(activation):
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 6])
+def test_shift_and_bias_hold_one_row_a_sample(samples):
+    """Each sample alone with its own row gives the same as all together, whatever shape the rows come in."""
+    m, k, n = 6, 64, 16
+    x, w = torch.randn(m, k), torch.randn(n, k)
+    down, up = torch.randn(16, k), torch.randn(n, 16)
+    shift, bias = torch.randn(samples, 1, k), torch.randn(samples, n)
+
+    def layer(rows, mu, b):
+        got = semantics.sparsify(rows, shift=mu, lora_down=down)
+        return semantics.sparse_linear(got.pruned, got.scale, got.t, w, lora_up=up, bias=b)
+
+    parts = [layer(rows, shift[i, 0], bias[i]) for i, rows in enumerate(x.chunk(samples))]
+    torch.testing.assert_close(layer(x, shift, bias), torch.cat(parts), rtol=1e-6, atol=1e-5)
+
+
+def test_samples_that_do_not_share_the_rows_are_refused():
+    with pytest.raises(ValueError, match=r"4 samples cannot share M = 6 rows"):
+        semantics.sparsify(torch.randn(6, 64), shift=torch.randn(4, 64))
+
+
 def modules_for(producer, k):
     """The producer spelled with torch's own modules, on fp64 inputs of shape (2, 3, ·)."""
     x, y = (torch.randn(2, 3, k, dtype=torch.float64) for _ in range(2))
