@@ -39,11 +39,8 @@ __device__ __forceinline__ void produce(const SparsifyParams& p, const Position&
 #pragma unroll
         for (int i = 0; i < 16; ++i) v[i] *= up[i];
     }
+    if (h == 1) vectors.load_second(at.samples, chunk * kChunk + at.q * 16);
     if constexpr (kNorm) {
-        if (h == 1) {  // rows 8 apart may belong to two samples; the vectors are loaded anew for the next chunk
-            if (MULT != kAbsent && at.mult[1] != at.mult[0]) vectors.mult.load(at.mult[1], chunk * kChunk + at.q * 16);
-            if (ADD != kAbsent && at.add[1] != at.add[0]) vectors.add.load(at.add[1], chunk * kChunk + at.q * 16);
-        }
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             v[i] = (v[i] - stats.mean[h]) * stats.inverse[h];
@@ -260,7 +257,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     float all_squares[2] = {}, kept_squares[2] = {};
     Vectors vectors;
     int chunk = at.chunk(0);
-    const auto load_vectors = [&] { vectors.load(p, at.mult[0], at.add[0], chunk * kChunk + at.q * 16); };
+    const auto load_vectors = [&] { vectors.load(p, at.samples, chunk * kChunk + at.q * 16); };
     if (kVectorsAhead && own_rounds > 0) load_vectors();
 
     const int row_group = at.first_row / 16 + at.row_warp;

@@ -39,16 +39,20 @@ struct SparsifyParams {
     u32* metadata;
     float* scale;
     char* t;
-    long long x_stride, second_stride, mult_stride, add_stride, lora_stride, t_stride;
+    long long x_stride, second_stride, mult_stride, add_stride, shift_stride, lora_stride, t_stride;
     int m, k;
     int first_columns;           // of the first input of cat
-    int mult_rows, add_rows;     // rows of X that share one row of mult, of add
+    int mult_rows, add_rows, shift_rows;  // rows of X that share one row of mult, of add, of shift
     int rank;                    // rows of lora_down; the rest up to kRank counts as zeros
     int held_rounds;             // rounds of x that stay in shared memory between the passes of a norm
     int native;                  // scale is 1
     float eps, mult_offset;      // of the norm, of mult
     float scale_eps;
-    int padding;
+};
+
+// Where the vectors that each sample has its own of begin, for this thread's two rows of X.
+struct SampleRows {
+    const char *mult[2], *add[2], *shift[2];
 };
 
 // The per-channel vectors of 16 channels.
@@ -60,14 +64,20 @@ struct Vectors {
     Channels<Element, SHIFT> shift;
     Channels<Element, SCORE> score;
 
-    __device__ __forceinline__ void load(const SparsifyParams& p, const char* mult_row, const char* add_row,
-                                         int channel) {
+    __device__ __forceinline__ void load(const SparsifyParams& p, const SampleRows& rows, int channel) {
         weight.load(p.weight, channel);
         bias.load(p.bias, channel);
-        mult.load(mult_row, channel);
-        add.load(add_row, channel);
-        shift.load(p.shift, channel);
+        mult.load(rows.mult[0], channel);
+        add.load(rows.add[0], channel);
+        shift.load(rows.shift[0], channel);
         score.load(p.score, channel);
+    }
+
+    // Rows 8 apart may belong to two samples: the second half's vectors. `load` brings the first half's back.
+    __device__ __forceinline__ void load_second(const SampleRows& rows, int channel) {
+        if (MULT != kAbsent && rows.mult[1] != rows.mult[0]) mult.load(rows.mult[1], channel);
+        if (ADD != kAbsent && rows.add[1] != rows.add[0]) add.load(rows.add[1], channel);
+        if (SHIFT != kAbsent && rows.shift[1] != rows.shift[0]) shift.load(rows.shift[1], channel);
     }
 };
 
@@ -98,8 +108,8 @@ struct Slice {
 struct Position {
     int lane, g, q, row_warp, column_warp, rank, first_row, row_in_tile;
     Slice slice;
-    const char *mult[2], *add[2];  // rows of this thread's two rows of X
-    u32 fragment;                  // offset of this lane's first 16 bytes in a tile of 128-byte rows
+    SampleRows samples;
+    u32 fragment;  // offset of this lane's first 16 bytes in a tile of 128-byte rows
 
     __device__ __forceinline__ explicit Position(const SparsifyParams& p)
         : lane(threadIdx.x % 32), g(lane / 4), q(lane % 4), row_warp(threadIdx.x / 32 % kRowWarps),
@@ -109,8 +119,9 @@ struct Position {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = min(first_row + row_in_tile + 8 * h, p.m - 1);
-            if constexpr (MULT != kAbsent) mult[h] = p.mult + row / p.mult_rows * p.mult_stride;
-            if constexpr (ADD != kAbsent) add[h] = p.add + row / p.add_rows * p.add_stride;
+            if constexpr (MULT != kAbsent) samples.mult[h] = p.mult + row / p.mult_rows * p.mult_stride;
+            if constexpr (ADD != kAbsent) samples.add[h] = p.add + row / p.add_rows * p.add_stride;
+            if constexpr (SHIFT != kAbsent) samples.shift[h] = p.shift + row / p.shift_rows * p.shift_stride;
         }
     }
 

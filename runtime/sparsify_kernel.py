@@ -20,7 +20,7 @@ from .launch import Kernel, empty, multiprocessors
 
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
-PARAMETERS = "P" * 13 + "q" * 6 + "i" * 8 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify_tile.cuh
+PARAMETERS = "P" * 13 + "q" * 7 + "i" * 9 + "f" * 3  # SparsifyParams in csrc/sparsify_tile.cuh
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
 OUTPUTS_AT = 9 * 8  # where the pointers to values, metadata, scale and t are among the parameters
@@ -32,6 +32,7 @@ MAX_STAGES = 4  # more make a block so large that the next kernel's does not fit
 _PRODUCER_KINDS = {"identity": 0, "act": 1, "act_mul": 2, "layer_norm": 3, "rms_norm": 4, "cat": 5}
 _ACTIVATION_KINDS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 _VECTORS = ("WEIGHT", "BIAS", "MULT", "ADD", "SHIFT", "SCORE")
+_PER_SAMPLE = ("MULT", "ADD", "SHIFT")  # hold a row a sample
 _ABSENT, _ELEMENT, _FLOAT = 0, 1, 2
 
 _SLOT_BYTES = 16 * 128  # one warp's chunk of one input in shared memory
@@ -111,8 +112,9 @@ def sparsify(
 
     Inputs are bf16 or fp16 CUDA tensors with channels last; rows may be any multiple of 8 elements apart, and
     other layouts are copied. Vectors (weight, bias, mult, add, shift, score) are of the same dtype or fp32.
-    lora_down: (R, K), R a multiple of 16. Raises TypeError for a dtype or device and ValueError for a shape
-    or an alignment the kernel does not take.
+    mult, add and shift hold one row a sample, M / B rows of X each. lora_down: (R, K), R a multiple of 16.
+    Raises TypeError for a dtype or device and ValueError for a shape or an alignment the kernel does not
+    take.
 
     A call is checked and its parameters are packed once: the same operands at the same addresses need no more
     than the outputs and the launch.
@@ -191,12 +193,12 @@ def _prepare(
         )
 
     storage, pointers = [], []
-    per_sample = [(0, 1)] * 2
-    for i, (name, vector) in enumerate(zip(_VECTORS, (*vectors, shift, score), strict=True)):
+    sample_strides, sample_rows = [0] * 3, [1] * 3
+    for name, vector in zip(_VECTORS, (*vectors, shift, score), strict=True):
         if vector is None:
             storage.append(_ABSENT)
             pointers.append(0)
-        elif 2 <= i < 4:  # mult and add: a row a sample
+        elif name in _PER_SAMPLE:
             vector, stride = _rows(vector, name.lower(), None, device, copies)
             samples = vector.numel() // k
             if samples * k != vector.numel() or not samples or m % samples or vector.shape[-1] != k:
@@ -204,7 +206,8 @@ def _prepare(
                     f"{name.lower()} {tuple(vector.shape)} needs K = {k} channels and a number of rows "
                     f"that divides M = {m}"
                 )
-            per_sample[i - 2] = stride, max(m // samples, 1)
+            i = _PER_SAMPLE.index(name)
+            sample_strides[i], sample_rows[i] = stride, max(m // samples, 1)
             storage.append(_storage(vector, name, dtype))
             pointers.append(vector.data_ptr())
         else:
@@ -238,22 +241,19 @@ def _prepare(
             *(0, 0, 0, 0),  # outputs
             x_stride,
             second_stride,
-            per_sample[0][0],
-            per_sample[1][0],
+            *sample_strides,
             lora_stride,
             rank * dtype.itemsize,
             m,
             k,
             first_columns,
-            per_sample[0][1],
-            per_sample[1][1],
+            *sample_rows,
             part,
             p.held_rounds,
             compensation == "native",
             eps,
             mult_offset,
             semantics.NORM_EPS,
-            0,  # padding
         )
         end = OUTPUTS_AT + _OUTPUTS.size
         launches.append(Launch(p.kernel, p.grid, packed[:OUTPUTS_AT], packed[end:], begin * dtype.itemsize))

@@ -67,16 +67,23 @@ def assert_t_like(t, z, lora_down):
     compensation=st.sampled_from(semantics.COMPENSATIONS),
     vectors=st.sampled_from([(), ("shift",), ("score",), ("shift", "score")]),
     vector_dtype=st.sampled_from([None, torch.float32]),
+    samples=st.sampled_from([1, 1, 2, 3]),
     seed=seeds,
 )
 @many
-def test_any_shape(m, blocks, rank, dtype, compensation, vectors, vector_dtype, seed):
+def test_any_shape(m, blocks, rank, dtype, compensation, vectors, vector_dtype, samples, seed):
     k = 64 * blocks
+    m *= samples
     x = normal(seed, m, k, dtype=dtype)
     vectors = {name: normal(seed + 1, k).abs().to(vector_dtype or dtype) for name in vectors}
+    if "shift" in vectors and samples > 1:  # a row a sample, within wider rows
+        vectors["shift"] = normal(seed + 3, samples, 1, 3 * k).to(vector_dtype or dtype)[..., k : 2 * k]
     lora_down = normal(seed + 2, rank, k, dtype=dtype) if rank else None
     got = sparsify("identity", [x], lora_down=lora_down, compensation=compensation, **vectors)
-    z = (x.float() - vectors["shift"].float()).to(dtype) if "shift" in vectors else x
+    z = x
+    if "shift" in vectors:
+        of_rows = vectors["shift"].float().reshape(-1, k).repeat_interleave(m // samples, 0)
+        z = (x.float() - of_rows).to(dtype)
     assert_pruned_like(got, z, vectors.get("score"), compensation)
     kept = layout.pack(*semantics.sparsify(z, score=vectors.get("score"))[:2])[0]
     assert torch.equal(got[0].view(torch.int16), kept.view(torch.int16))  # the sign of zeros as well
@@ -288,7 +295,9 @@ def test_under_graph_capture_and_on_another_stream():
         (lambda x: {"inputs": [x.cpu()]}, TypeError, "cpu"),
         (lambda x: {"inputs": [x[:, :96].contiguous()]}, ValueError, "multiple of 64"),
         (lambda x: {"inputs": [x.flatten()[1:-127].view(-1, 128)]}, ValueError, "multiple of 16 bytes"),
-        (lambda x: {"shift": x[0, :64].clone()}, ValueError, "shift needs 128"),
+        (lambda x: {"shift": x[0, :64].clone()}, ValueError, "shift .* needs K = 128"),
+        (lambda x: {"shift": x[:3]}, ValueError, "divides M"),
+        (lambda x: {"score": x[0, :64].clone()}, ValueError, "score needs 128"),
         (lambda x: {"score": x[0].double()}, TypeError, "score must be"),
         (lambda x: {"lora_down": x[:24]}, ValueError, "multiple of 16"),
         (lambda x: {"lora_down": x[:16].half()}, TypeError, "lora_down must be torch.bfloat16"),
