@@ -10,10 +10,13 @@ the graph. Every backend but rt_lynx, and eager mode, still computes the exact d
 from __future__ import annotations
 
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .runtime.ops import linear as marked_linear
 
@@ -46,6 +49,16 @@ class LynxLinear(nn.Linear):
     lynx_reason: str
     lynx_dense_tokens: int
     lynx_switch: Switch | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As `nn.Module.to` needs it; buffers that layers have in common stay one tensor."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None:
+                self._buffers[name] = _one_copy(old, new)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """x · Wᵀ + b, exactly; the rt_lynx backend replaces it by the sparse layer."""
@@ -110,6 +123,8 @@ def attach(
     data: dict[str, Any] = {"lynx_down": down, "lynx_up": up, "lynx_shift": shift, "lynx_score": score}
     for name, given in data.items():
         placed = None if given is None else given.detach().to(device=weight.device, dtype=weight.dtype)
+        if given is not None and placed is not None:
+            placed = _one_copy(given, placed)
         module.register_buffer(name, placed, persistent=False)
     module.register_buffer("lynx_bias", _fold(weight, module.bias, module.lynx_shift), persistent=False)
     module.lynx_decision, module.lynx_reason = decision, reason
@@ -133,6 +148,26 @@ def _fold(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor |
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     folded = weight.to(acc) @ shift.to(acc)
     return (folded if bias is None else folded + bias.detach().to(acc)).to(weight.dtype)
+
+
+# tensor → (its version then, what it was moved or converted to)
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _one_copy(given: Tensor, copy: Tensor) -> Tensor:
+    """`copy`, or what `given` was made into before on the same device and in the same dtype.
+
+    Layers that read one X share a sparsify only while they hold one tensor object. Moving a model, which goes
+    from layer to layer, would leave each with its own.
+    """
+    if copy is given or given.is_inference():  # which counts no versions: it may have been written to since
+        return copy
+    known = [(then, other) for then, ref in _copies.get(given, ()) if (other := ref()) is not None]
+    for then, other in known:
+        if then == given._version and other.device == copy.device and other.dtype == copy.dtype:
+            return other
+    _copies[given] = [(then, weakref.ref(other)) for then, other in (*known, (given._version, copy))]
+    return copy
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:

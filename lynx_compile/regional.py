@@ -56,14 +56,18 @@ def compile_blocks(
 
 
 def pattern(block: nn.Module) -> Hashable:
-    """What makes two blocks compile to different graphs: class, decisions, which data their layers carry."""
+    """What makes two blocks compile to different graphs: class, decisions, which data layers carry and share."""
+    first: dict[int, int] = {}  # tensor → number of distinct ones before it
     layers = tuple(
         (
             name,
             module.lynx_decision,
             module.lynx_dense_tokens,
             module.lynx_switch is not None,
-            tuple(buffer is None for buffer in (module.lynx_down, module.lynx_shift, module.lynx_score)),
+            tuple(
+                None if buffer is None else first.setdefault(id(buffer), len(first))
+                for buffer in (module.lynx_down, module.lynx_shift, module.lynx_score)
+            ),
         )
         for name, module in block.named_modules()
         if isinstance(module, LynxLinear)

@@ -20,6 +20,7 @@ from .graph import insert, replace, tensor
 from .mutation import Mutations
 
 META = "rt_lynx"  # key of node.meta: Note of a sparse_linear; {down: (start, rank)} of a sparsify
+_PREPARED = "rt_lynx_downs"  # key of a sparsify's meta: {down-projection: it in the layer's dtype, padded}
 _SHAPE = "shape"  # what META holds for the reshape behind a sparse_linear
 RANK_MULTIPLE = 16  # the LoRA branch runs in steps of 16 on tensor cores
 
@@ -109,15 +110,26 @@ def sites_of(sparsify: fx.Node) -> list[Site]:
 def padded_branch(
     down: fx.Node, up: fx.Node, at_sparsify: fx.Node, at_layer: fx.Node, dtype: torch.dtype, *, own: bool
 ) -> Branch:
-    """A branch in the layer's dtype, its rank padded with zeros to a whole number of tensor-core steps."""
-    rank = rank_of(down)
-    missing = -rank % RANK_MULTIPLE
-    down, up = cast(down, dtype, at_sparsify), cast(up, dtype, at_layer)
+    """A branch in the layer's dtype, its rank padded with zeros to a whole number of tensor-core steps.
+
+    Layers with one down-projection get one node for it, so that its columns of t are computed once.
+    """
+    known = at_sparsify.meta.setdefault(_PREPARED, {})
+    up = cast(up, dtype, at_layer)
+    missing = -rank_of(down) % RANK_MULTIPLE
     if missing:
-        down = insert(at_sparsify, F.pad, (down, (0, 0, 0, missing)), down)
         up = insert(at_layer, F.pad, (up, (0, missing)), up)
+    if down not in known:
+        known[down] = _prepared(down, missing, dtype, at_sparsify)
+    return Branch(known[down], up, own)
+
+
+def _prepared(down: fx.Node, missing: int, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+    rank, down = rank_of(down), cast(down, dtype, before)
+    if missing:
+        down = insert(before, F.pad, (down, (0, 0, 0, missing)), down)
         down.meta["example_value"] = torch.empty(rank + missing, 0, dtype=dtype, device="meta")
-    return Branch(down, up, own)
+    return down
 
 
 def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:

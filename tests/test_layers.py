@@ -80,6 +80,51 @@ def test_new_data_needs_no_compilation():
     assert len(lynx_compile.report().graphs) == 1
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = linear(32), linear(48)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x)], -1)
+
+
+@pytest.mark.parametrize("moved", [lambda m: m, lambda m: m.to("cpu", torch.float32), copy.deepcopy])
+def test_layers_given_one_tensor_share_one_sparsify_and_one_down_projection(moved):
+    common = {name: data()[name] for name in ("down", "shift", "score")}
+    model = Two()
+    for layer in (model.q, model.k):
+        attach(layer, **common, up=torch.randn(layer.out_features, 16, generator=G), decision="sparse")
+    model = moved(model)
+    for name in ("lynx_down", "lynx_shift", "lynx_score"):
+        assert getattr(model.q, name) is getattr(model.k, name)
+    graphs = []
+
+    def backend(gm, inputs):
+        lynx_compile.rewrite(gm, {"emulate": True, "strict": True})
+        graphs.append([node for node in gm.graph.nodes if "sparsify" in str(node.target)])
+        return gm.forward
+
+    x = X.to(model.q.weight.dtype)
+    got = torch.compile(model, backend=backend, fullgraph=True)(x)
+    assert [node.kwargs["lora_down"].op for nodes in graphs for node in nodes] == ["placeholder"]
+    torch._dynamo.reset()
+    for layer in (model.q, model.k):  # the same values, each layer its own
+        attach(layer, **{n: t.clone() for n, t in common.items()}, up=layer.lynx_up, decision="sparse")
+    assert model.q.lynx_down is not model.k.lynx_down
+    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), got)
+    assert len(graphs[-1]) == 2
+
+
+def test_a_tensor_written_to_between_two_layers_is_two():
+    down, up = data()["down"], data()["up"]
+    q = attach(linear(), down=down, up=up)
+    down.mul_(2)
+    k = attach(linear(), down=down, up=up)
+    assert q.lynx_up is k.lynx_up
+    torch.testing.assert_close(k.lynx_down, 2 * q.lynx_down)
+
+
 def test_a_switch_runs_the_layers_dense_meanwhile():
     switch = types.SimpleNamespace(dense=True)
     module = attach(linear(), decision="sparse", switch=switch)
@@ -210,6 +255,14 @@ def test_a_model_without_repeated_blocks_says_what_to_give():
         compile_blocks(nn.Sequential(linear()))
     with pytest.raises(ValueError, match="no block of class Missing"):
         compile_blocks(Model(1), blocks=["Missing"])
+
+
+def test_pattern_tells_what_is_shared():
+    common, blocks = data(), [Two(), Two(), Two()]
+    for block, shift in zip(blocks, [common["shift"], common["shift"], common["shift"].clone()], strict=True):
+        attach(block.q, shift=common["shift"])
+        attach(block.k, shift=shift)
+    assert pattern(blocks[0]) == pattern(blocks[1]) != pattern(blocks[2])
 
 
 def test_pattern_is_the_same_for_blocks_that_differ_in_values_only():

@@ -71,6 +71,25 @@ def test_beside_a_compensating_branch(shifted):
     torch.testing.assert_close(gm(X.double(), SCALE.double()), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("rank", [16, 5])
+def test_adapters_with_one_down_projection_share_its_columns(rank):
+    """In PEFT's spelling of it: two layers of one x, two up-projections behind one tensor A."""
+    first, second = low_rank(rank), low_rank(rank, 32)
+    second["a"].weight = first["a"].weight
+    module = function(
+        lambda m, x, s: torch.cat([m.base(x) + adapter(m, x), m.beside(x) + adapter(m, x, "other") * 2], -1),
+        base=nn.Linear(64, 64), beside=nn.Linear(64, 32), lora=first, other=second,
+    )  # fmt: skip
+    module = module.double().eval().requires_grad_(False)
+    gm = _sparse(module, {"base", "beside"}, X, SCALE)
+    want = gm(X.double(), SCALE.double())
+    assert join_lora(gm.graph) == 2
+    gm.recompile()
+    (sparsify,) = [node for node in gm.graph.nodes if "sparsify" in str(node.target)]
+    assert list(sparsify.meta[META].values()) == [(0, 16)]
+    torch.testing.assert_close(gm(X.double(), SCALE.double()), want, rtol=1e-10, atol=1e-10)
+
+
 def test_an_adapter_that_is_written_to_is_left():
     def forward(m, x, s):
         y, branch = m.base(x), adapter(m, x)
@@ -98,9 +117,13 @@ def test_left_alone(forward):
 
 
 def _only_base_sparse(module, *inputs):
+    return _sparse(module, {"base"}, *inputs)
+
+
+def _sparse(module, names, *inputs):
     gm = traced(module, *[x.double() for x in inputs])
     passes.normalize(gm.graph)
-    chosen = [linear for linear in passes.find_linears(gm.graph) if linear.name == "base"]
+    chosen = [linear for linear in passes.find_linears(gm.graph) if linear.name in names]
     passes.sparsify_linears(gm.graph, chosen)
     gm.recompile()
     return gm
