@@ -140,6 +140,7 @@ def _row(linear: Linear, decision: policy.Decision) -> Row:
         reason=decision.reason,
         pattern=_pattern(linear),
         symbol=None if isinstance(linear.m, int) else str(expression(linear.m)),
+        min_tokens=decision.min_tokens,
     )
 
 

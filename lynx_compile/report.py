@@ -24,6 +24,7 @@ class Row:
     """One linear layer. m: tokens (for a symbolic count the size seen while compiling, `symbol` its name).
 
     pattern: the rewrite that matches the layer, None if none does. decision: "sparse" or "dense".
+    min_tokens: a sparse layer runs dense below it, where a graph serves any number of tokens.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     reason: str
     pattern: str | None = None
     symbol: str | None = None
+    min_tokens: int = 0
 
     @property
     def flops(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lynx_compile import models
-from lynx_compile.bench import step, step_report
+from lynx_compile.bench import backends, step, step_report
 from lynx_compile.bench.split import kind_of, split_ms, total_ms
 from lynx_compile.layers import LynxLinear
 from tests import zoo
@@ -52,7 +52,7 @@ def test_split_reads_the_profiler():
 
 def test_branches_go_where_tokens_go():
     model, _ = zoo.build("FluxTransformer2DModel")
-    attached = step.attach_random_branches(model, 16)
+    attached = backends.attach_random_branches(model, 16)
     carrying = {name for name, m in model.named_modules() if isinstance(m, LynxLinear)}
     assert len(carrying) == attached
     assert "transformer_blocks.0.attn.to_q" in carrying
@@ -66,10 +66,11 @@ def test_branches_go_where_tokens_go():
 @pytest.mark.parametrize("everything", [False, True])
 def test_sparse_share_counts_every_block(everything):
     model, inputs = zoo.build("FluxTransformer2DModel")
-    backend = step.Backend("test", lynx=True, lora=True, everything=everything, options=EMULATED)
+    backend = backends.Backend("test", lynx=True, lora=True, everything=everything, options=EMULATED)
     with torch.no_grad():
         dense = model(**inputs, return_dict=False)[0]
-        with step.compiled(model, backend, 16):
+        step.clear_report()
+        with backends.switched_on(model, backend, 16):
             sparse = model(**inputs, return_dict=False)[0]
             share = step.sparse_share(model, inputs)
         again = model(**inputs, return_dict=False)[0]
@@ -101,42 +102,59 @@ def test_paper_skips_name_layers_of_the_models():
 
     for name in ("flux", "z-image"):
         model = resolve(name).build("meta")
-        skips = step.PAPER_SKIPS[type(model).__name__]
+        skips = backends.PAPER_SKIPS[type(model).__name__]
         linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
         for skip in skips:
             assert sum(first_match(path, [skip]) is not None for path in linears) >= 30
 
 
-def test_a_run_keeps_rows_as_they_come_and_survives_a_failing_backend(monkeypatch):
+def test_backends_stay_compiled_side_by_side(monkeypatch):
     small = {"num_attention_heads": 1, "joint_attention_dim": 64, "num_single_layers": 1}
     known = models.KNOWN["flux"]
     monkeypatch.setitem(models.KNOWN, "flux", replace(known, config={**known.config, **small}))
-    emulated = step.Backend("emulated", lynx=True, lora=True, options=EMULATED)
-    broken = step.Backend("broken", inductor=True)
-    monkeypatch.setattr(
-        step, "BACKENDS", {"eager": step.Backend("eager"), "emulated": emulated, "broken": broken}
-    )
+    rivals = [
+        backends.Backend("broken", inductor=True),
+        backends.Backend("eager"),
+        backends.Backend("sparse", lynx=True, lora=True, options=EMULATED),
+        backends.Backend("everything", lynx=True, everything=True, options=EMULATED),
+    ]
+    monkeypatch.setattr(step, "BACKENDS", {backend.name: backend for backend in rivals})
+    pictures, graphs, told, kept = [], [], [], []
 
-    def measure(model, inputs, seconds):
-        if not calls:
-            calls.append("the broken one")
-            raise RuntimeError("out of memory")
-        with torch.no_grad():
-            model(**inputs)
-        return {"step_ms": 10.0}
+    def first_call_s(model, inputs):
+        if not told[-1].endswith("broken"):
+            step.step(model, inputs)
+            return 2.0
+        raise RuntimeError("out of memory")
 
-    calls, told, kept = [], [], []
-    monkeypatch.setattr(step, "measure", measure)
+    def step_times(call, seconds):
+        pictures.append(call()[0])
+        graphs.append(step.compiled_graphs())
+        return [10.0 + len(pictures)]
+
+    monkeypatch.setattr(step, "steady", lambda model, inputs, others: {"host_ms": 1.0})
+    monkeypatch.setattr(step, "first_call_s", first_call_s)
+    monkeypatch.setattr(step, "step_times", step_times)
     rows = step.run(
-        ["flux"], resolutions=[64], backends=["broken", "eager", "emulated"], rank=16, device="cpu",
+        ["flux"], resolutions=[64], backends=[rival.name for rival in rivals], rank=16, device="cpu",
         layers={"num_layers": 1}, progress=told.append, keep=lambda rows: kept.append(len(rows)),
     )  # fmt: skip
     assert "flux: broken has no figures: out of memory" in told
-    assert [row["backend"] for row in rows] == ["eager", "emulated"]
-    assert kept == [0, 1, 2]
-    assert [row["lora_rank"] for row in rows] == [0, 16]
-    assert rows[0]["sparse_flops_share"] == 0
-    assert rows[1]["sparse_flops_share"] > 0.1
+    assert [row["backend"] for row in rows] == ["eager", "sparse", "everything"]
+    assert kept == [0, 1, 2, 3, 3, 3]
+    assert [row["lora_rank"] for row in rows] == [0, 16, 0]
+    assert [row["step_ms"] for row in rows] == [14.0, 15.0, 16.0]  # medians of three rounds in turn
+    assert [row["graphs"] for row in rows] == [0, 2, 2]
+    dense, sparse, everything = (row["sparse_flops_share"] for row in rows)
+    assert dense == 0
+    assert 0.1 < sparse < everything
+    first, second, third = pictures[:3], pictures[3:6], pictures[6:]
+    for again in (second, third):
+        for a, b in zip(first, again, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=0)
+    assert (first[1] - first[0]).abs().max() > 0
+    assert (first[2] - first[1]).abs().max() > 0
+    assert graphs[-1] == graphs[2], "a round compiled something again"
 
 
 def test_unknown_backend_is_named():
@@ -153,7 +171,7 @@ def test_table_and_plot(tmp_path, capsys):
          "host_ms": 9.0, "compile_s": 12.0, "peak_gib": 23.5, "power_w": 690.0, "sparse_flops_share": 0.9}
         for backend, rank, ms in [("inductor", 0, 100.0), ("rt_lynx", 64, 80.0)]
     ]  # fmt: skip
-    step._add_speedups(rows)
+    step.with_speedups(rows)
     assert [row["speedup_vs_inductor"] for row in rows] == [1.0, 1.25]
     step_report.show(rows, Console(width=200))
     printed = capsys.readouterr().out

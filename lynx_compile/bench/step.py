@@ -1,35 +1,42 @@
 """One denoising step of a production transformer under every backend a user can switch on.
 
 Random weights at the exact geometry, created on the GPU; blocks are compiled one kind at a time, as
-`model.compile_repeated_blocks` does. Each row is measured on the same model in the same process.
+`model.compile_repeated_blocks` does. All backends of a model stay compiled side by side in one process and
+are timed in turn, several rounds of it, so that a drifting clock meets all of them.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..layers import LynxLinear, attach, detach
-from ..models import Step, resolve
-from ..regional import compile_blocks
+from ..models import Resolved, Step, resolve
 from ..report import clear_report, report
+from .backends import BACKENDS, Backend, State, switch_off, switch_on
 from .split import split_ms
-from .timing import PowerMeter
+from .timing import Load, PowerMeter
 
 MODELS = ("flux", "qwen-image", "z-image")
 SECONDS = 1.0
-WARMUPS = 2
+ROUNDS = 3  # in each, every backend has its turn
+WARMUPS = 3  # CUDA graphs: the second call records, the third is the first replay
+HOST_CALLS = 3
 RANK = 64
+GRAPH_LIMIT = 256  # graphs one code object may have: the backends share those of `compile_repeated_blocks`
 # cuDNN's attention is the fastest on Hopper; every backend gets it
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
@@ -38,55 +45,31 @@ ATTENTION = [
     SDPBackend.MATH,
 ]
 
-# The layers that the paper leaves dense after compensation (paper: layer skipping), in diffusers' names.
-PAPER_SKIPS: dict[str, tuple[str, ...]] = {
-    "FluxTransformer2DModel": ("single_transformer_blocks.*.proj_out",),
-    "ZImageTransformer2DModel": ("*.attention.to_out.0", "*.feed_forward.w3"),
-}
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Backend:
-    """What a user switches on. compile: on the blocks of the model; None for eager mode.
+@dataclass
+class Rival:
+    """A backend that is compiled on a model, and what has been measured of it, by resolution and batch."""
 
-    everything: sparse wherever it pays, also where the safe defaults stay dense. paper: but not the paper's
-    skipped layers. lora: with a LoRA branch on each sparse layer.
-    """
+    backend: Backend
+    model: nn.Module
+    state: State
+    rows: dict[Step, Row] = field(default_factory=dict)
+    times: dict[Step, list[float]] = field(default_factory=dict)
+    loads: dict[Step, list[Load]] = field(default_factory=dict)
 
-    name: str
-    inductor: bool = False
-    mode: str | None = None
-    fp8: bool = False
-    lynx: bool = False
-    lora: bool = False
-    everything: bool = False
-    paper: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("eager"),
-        Backend("inductor", inductor=True),
-        Backend("inductor-max-autotune", inductor=True, mode="max-autotune-no-cudagraphs"),
-        Backend("inductor-cudagraphs", inductor=True, mode="reduce-overhead"),
-        Backend("fp8-rowwise", inductor=True, fp8=True),
-        Backend("rt_lynx", lynx=True, lora=True),
-        Backend("rt_lynx-paper-skips", lynx=True, lora=True, everything=True, paper=True),
-        Backend("rt_lynx-everything", lynx=True, lora=True, everything=True),
-        Backend("rt_lynx-everything-no-lora", lynx=True, everything=True),
-        Backend(
-            "rt_lynx-cudagraphs",
-            lynx=True,
-            lora=True,
-            everything=True,
-            paper=True,
-            options={"mode": "reduce-overhead"},
-        ),
-    )
-}
-DEFAULT_BACKENDS = ("eager", "inductor", "rt_lynx", "rt_lynx-paper-skips", "rt_lynx-everything")
+    def time(self, point: Step, inputs: Mapping[str, Any], seconds: float) -> None:
+        """One round more: `step_ms`, power and clock of the row become medians over all rounds."""
+        with PowerMeter() as meter:
+            self.times.setdefault(point, []).extend(step_times(lambda: step(self.model, inputs), seconds))
+        self.loads.setdefault(point, []).append(meter.load())
+        powers, clocks = zip(*self.loads[point], strict=True)
+        self.rows[point] |= {
+            "step_ms": round(statistics.median(self.times[point]), 3),
+            "power_w": round(statistics.median(powers), 1),
+            "clock_mhz": statistics.median(clocks),
+        }
 
 
 def run(
@@ -94,135 +77,179 @@ def run(
     *,
     resolutions: Sequence[int] = (1024,),
     batches: Sequence[int] = (1,),
-    backends: Sequence[str] = DEFAULT_BACKENDS,
+    backends: Sequence[str] = tuple(BACKENDS),
     rank: int = RANK,
     seconds: float = SECONDS,
     device: str | torch.device = "cuda",
     layers: Mapping[str, int] | None = None,
     progress: Callable[[str], None] = lambda text: None,
-    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-) -> list[dict[str, Any]]:
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
     """Measure every model × backend × resolution × batch; the rows of `docs/results/step_<device>.json`.
 
-    progress: told what goes on. keep: given all rows so far after each backend.
-    layers: overrides of a config's layer counts, as {"num_layers": 2}: smaller models for tests.
+    With several resolutions or batches a backend is compiled once, for dynamic shapes.
+    seconds: least time of one measurement, all rounds. progress: told what goes on. keep: given all rows so
+    far, after each backend and each round. layers: overrides of a config's layer counts, as
+    {"num_layers": 2}: smaller models for tests.
     A backend that fails is told to `progress` and has no row. Raises ValueError for an unknown backend.
     """
     unknown = [name for name in backends if name not in BACKENDS]
     if unknown:
         raise ValueError(f"unknown backend {unknown[0]!r}; one of {', '.join(BACKENDS)}")
-    rows: list[dict[str, Any]] = []
-    for name in models:
+    chosen = [BACKENDS[name] for name in backends]
+    done: list[Row] = []
+    with torch._dynamo.config.patch(recompile_limit=GRAPH_LIMIT, accumulated_recompile_limit=4 * GRAPH_LIMIT):
+        for name in models:
+            known = resolve(name)
+            known = replace(known, config={**known.config, **(layers or {})})
+            points = [
+                Step(size, size, batch, known.step.frames, known.step.text_tokens)
+                for size in resolutions
+                for batch in batches
+            ]
+            comparison = Comparison(name, known, points, device, rank, progress)
+            done += comparison.run(chosen, seconds, partial(_keep_all, keep, done))
+            del comparison
+            release()
+    return with_speedups(done)
+
+
+def _keep_all(keep: Callable[[list[Row]], None], done: Sequence[Row], rows: Sequence[Row]) -> None:
+    keep(with_speedups([*done, *rows]))
+
+
+class Comparison:
+    """The backends on one model, side by side."""
+
+    def __init__(
+        self,
+        name: str,
+        known: Resolved,
+        points: Sequence[Step],
+        device: str | torch.device,
+        rank: int,
+        progress: Callable[[str], None],
+    ) -> None:
         progress(f"{name}: building")
-        known = resolve(name)
-        known = replace(known, config={**known.config, **(layers or {})})
-        model = known.build(device)
-        points = [
-            Step(size, size, batch, known.step.frames, known.step.text_tokens)
-            for size in resolutions
-            for batch in batches
-        ]
-        inputs = [(step, known.inputs(step, device)) for step in points]
-        for backend in (BACKENDS[name] for name in backends):
-            progress(f"{name}: {backend.name}")
-            try:
-                with compiled(model, backend, rank), sdpa_kernel(ATTENTION, set_priority=True):
-                    for step, example in inputs:
-                        row = {
-                            "model": name,
-                            "resolution": step.width,
-                            "batch": step.batch,
-                            "backend": backend.name,
-                            "lora_rank": rank if backend.lora else 0,
-                            **measure(model, example, seconds),
-                            "sparse_flops_share": sparse_share(model, example) if backend.lynx else 0.0,
-                        }
-                        rows.append(row)
-                        progress(f"{name}: {backend.name}: {row['step_ms']:.1f} ms")
-            except RuntimeError as error:  # not installed, out of memory, does not compile: the others go on
-                progress(
-                    f"{name}: {backend.name} has no figures: {str(error).strip() or type(error).__name__}"
-                )
-            _add_speedups(rows)
-            keep(rows)
-            if backend.fp8:  # quantised in place
-                del model
-                _release()
-                model = known.build(device)
-        del model, inputs
-        _release()
-    return rows
-
-
-@contextmanager
-def compiled(model: nn.Module, backend: Backend, rank: int) -> Iterator[None]:
-    """The model's repeated blocks under a backend, undone at the end."""
-    torch._dynamo.reset()
-    clear_report()
-    _release()
-    if backend.fp8:
-        _quantize_fp8(model)
-    if backend.lora:
-        attach_random_branches(model, rank)
-    if backend.lynx:
-        skip = PAPER_SKIPS.get(type(model).__name__, ()) if backend.paper else ()
-        only = ["*"] if backend.everything else []
-        compile_blocks(model, fullgraph=True, skip=list(skip), only=only, strict=True, **backend.options)
-    elif backend.inductor:
-        compile_repeated: Any = model.compile_repeated_blocks
-        compile_repeated(fullgraph=True, mode=backend.mode)
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            module._compiled_call_impl = None
-            if isinstance(module, LynxLinear):
-                detach(module)
         torch._dynamo.reset()
+        self.name, self.known, self.device, self.rank, self.progress = name, known, device, rank, progress
+        self.inputs = {point: known.inputs(point, device) for point in points}
+        before = allocated()
+        self.model = known.build(device)
+        self.model_bytes = allocated() - before
+        self.rivals: list[Rival] = []
+
+    def run(
+        self, backends: Sequence[Backend], seconds: float, keep: Callable[[list[Row]], None]
+    ) -> list[Row]:
+        """Compile each backend, then time them in turn. Returns the rows by backend."""
+        start_workers(self.device)
+        for backend in backends:
+            self.progress(f"{self.name}: {backend.name}")
+            with self.told(backend), sdpa_kernel(ATTENTION, set_priority=True), cold_caches():
+                self.rivals.append(self.prepare(backend, seconds / ROUNDS))
+            switch_off(self.model)
+            release()
+            keep(self.rows())
+        for _ in range(ROUNDS - 1):
+            for rival in self.rivals:
+                with self.told(rival.backend), sdpa_kernel(ATTENTION, set_priority=True):
+                    rival.state.restore(rival.model)
+                    for point, inputs in self.inputs.items():
+                        step(rival.model, inputs)
+                        rival.time(point, inputs, seconds / ROUNDS)
+            keep(self.rows())
+        for rival in self.rivals:
+            for row in rival.rows.values():
+                self.progress("{model} {resolution} × {batch}: {backend}: {step_ms:.1f} ms".format(**row))
+        return self.rows()
+
+    def rows(self) -> list[Row]:
+        return [row for rival in self.rivals for row in rival.rows.values()]
+
+    @contextmanager
+    def told(self, backend: Backend) -> Iterator[None]:
+        """What goes wrong with one backend is told, and the others go on: not installed, out of memory."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).strip() or type(error).__name__
+            self.progress(f"{self.name}: {backend.name} has no figures: {said}")
+
+    def prepare(self, backend: Backend, seconds: float) -> Rival:
+        """Compile a backend and measure what needs no rival beside it, and a first round of times."""
+        before = allocated()
+        model = self.known.build(self.device) if backend.fp8 else self.model  # fp8 replaces the weights
+        others = before if backend.fp8 else before - self.model_bytes
+        clear_report()
+        graphs = compiled_graphs()
+        switch_on(model, backend, self.rank, dynamic=True if len(self.inputs) > 1 else None)
+        rival = Rival(backend, model, State.of(model))
+        for point, inputs in self.inputs.items():
+            first_s = first_call_s(model, inputs)
+            row: Row = {
+                "model": self.name,
+                "resolution": point.width,
+                "batch": point.batch,
+                "backend": backend.name,
+                "lora_rank": self.rank if backend.lora else 0,
+                "step_ms": 0.0,
+                **steady(model, inputs, others),
+            }
+            rival.rows[point] = row
+            rival.time(point, inputs, seconds)
+            row["compile_s"] = round(max(first_s - row["step_ms"] / 1e3, 0.0), 2)
+            row["graphs"] = compiled_graphs() - graphs
+            row["sparse_flops_share"] = sparse_share(model, inputs) if backend.lynx else 0.0
+        return rival
 
 
-def measure(model: nn.Module, inputs: Mapping[str, Any], seconds: float) -> dict[str, float]:
-    """Times of one step in ms, compile time in s, peak memory in GiB and power in W.
+def step(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """One denoising step: all blocks of it belong to one generation of CUDA graphs."""
+    torch.compiler.cudagraph_mark_step_begin()
+    with torch.no_grad():
+        return model(**inputs)
 
-    step_ms: median between CUDA events. host_ms: until the last launch of a step, the GPU idle before.
-    compile_s: the first call less a later one. The split is the profiler's, by kernel name, of one step.
-    """
+
+def first_call_s(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Seconds of the first call, compilation and all."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    with torch.no_grad():
-        model(**inputs)
+    step(model, inputs)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def steady(model: nn.Module, inputs: Mapping[str, Any], others: int) -> dict[str, float]:
+    """A compiled step: host time in ms, peak memory in GiB, and the split of its GPU time by kernel.
+
+    host_ms: until the last launch of a step, the GPU idle before. others: bytes that are held at the same
+    time but do not belong to this backend.
+    """
+    for _ in range(WARMUPS):
+        step(model, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    host_ms = []
+    for _ in range(HOST_CALLS):
+        start = time.perf_counter()
+        step(model, inputs)
+        host_ms.append((time.perf_counter() - start) * 1e3)
         torch.cuda.synchronize()
-        first_s = time.perf_counter() - start
-        for _ in range(WARMUPS):
-            model(**inputs)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        host_ms = []
-        for _ in range(3):
-            start = time.perf_counter()
-            model(**inputs)
-            host_ms.append((time.perf_counter() - start) * 1e3)
-            torch.cuda.synchronize()
-        with PowerMeter() as meter:
-            times = _step_times(lambda: model(**inputs), seconds)
-        step_ms = statistics.median(times)
-        split = split_ms(lambda: model(**inputs))
+    peak = torch.cuda.max_memory_allocated() - others
+    split = split_ms(lambda: step(model, inputs))
     return {
-        "step_ms": round(step_ms, 3),
         **{name: round(ms, 3) for name, ms in split.items()},
         "host_ms": round(statistics.median(host_ms), 3),
-        "compile_s": round(first_s - step_ms / 1e3, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3),
-        "power_w": meter.load().power_w,
-        "clock_mhz": meter.load().clock_mhz,
+        "peak_gib": round(peak / 2**30, 3),
     }
 
 
-def _step_times(call: Callable[[], Any], seconds: float) -> list[float]:
+def step_times(call: Callable[[], Any], seconds: float) -> list[float]:
     """Milliseconds between events around each call, the calls queued one behind the other."""
     times: list[float] = []
     end_of_run = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end_of_run:
+    while not times or time.perf_counter() < end_of_run:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         events[0].record()
         for event in events[1:]:
@@ -233,37 +260,14 @@ def _step_times(call: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
-def attach_random_branches(model: nn.Module, rank: int, seed: int = 0) -> int:
-    """A random LoRA branch on every linear layer of the repeated blocks that tokens go through.
-
-    Layers that stay dense ignore theirs. Returns how many were attached.
-    """
-    kinds: Any = model._repeated_blocks
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    linears = {
-        module: None
-        for block in blocks
-        for name, module in block.named_modules()
-        if type(module) is nn.Linear and "mod" not in name.lower() and "norm" not in name.lower()
-    }
-    torch.manual_seed(seed)
-    for module in linears:
-        n, k = module.weight.shape
-        device, dtype = module.weight.device, module.weight.dtype
-        down = torch.randn(rank, k, device=device, dtype=dtype) / k**0.5
-        up = torch.randn(n, rank, device=device, dtype=dtype) * (0.01 / rank**0.5)
-        attach(module, down=down, up=up)
-    return len(linears)
-
-
 def sparse_share(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     """Share of the FLOPs of all linear layers that ran sparse.
 
     Blocks share graphs and the report knows names within a block: a layer takes the decision of the row with
-    its name's end and its shape.
+    its name's end and its shape; where a graph serves any number of tokens, that of its break-even.
     """
-    decided = {(row.name, row.n, row.k, row.m): row.decision for row in report().rows}
-    flops = {"sparse": 0, "dense": 0}
+    decided = {(row.name, row.n, row.k, None if row.symbol else row.m): row for row in report().rows}
+    flops = {True: 0, False: 0}
     hooks = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -272,34 +276,60 @@ def sparse_share(model: nn.Module, inputs: Mapping[str, Any]) -> float:
                 n, k = module.weight.shape
                 m = output.numel() // n
                 names = [path.split(".", start)[-1] for start in range(path.count(".") + 1)]
-                found = [decided[key] for name in names if (key := (name, n, k, m)) in decided]
-                flops[found[0] if found else "dense"] += 2 * m * n * k
+                keys = [(name, n, k, tokens) for name in names for tokens in (m, None)]
+                row = next((decided[key] for key in keys if key in decided), None)
+                sparse = row is not None and row.decision == "sparse" and m >= (row.min_tokens or 0)
+                flops[sparse] += 2 * m * n * k
 
             hooks.append(module.register_forward_hook(count))
-    implementations = {m: m._compiled_call_impl for m in model.modules()}
-    for module in implementations:
+    state = State.of(model)
+    for module in state.calls:
         module._compiled_call_impl = None
     try:
-        with torch.no_grad():
-            model(**inputs)
+        step(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, implementation in implementations.items():
-            module._compiled_call_impl = implementation
-    return round(flops["sparse"] / sum(flops.values()), 4)
+        for module, call in state.calls.items():
+            module._compiled_call_impl = call
+    return round(flops[True] / sum(flops.values()), 4)
 
 
-def _quantize_fp8(model: nn.Module) -> None:
-    """torchao's dynamic fp8 with a scale per row, in place."""
-    try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-    except ImportError as error:
-        raise RuntimeError("backend fp8-rowwise needs torchao: pip install torchao") from error
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+@contextmanager
+def cold_caches() -> Iterator[None]:
+    """Inductor, Triton and the kernels' cubins find nothing on disk: what compiles in here compiles anew."""
+    from torch._inductor.utils import fresh_cache
+
+    with (
+        fresh_cache(),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, LYNX_CACHE_DIR=folder),
+    ):
+        yield
 
 
-def _add_speedups(rows: list[dict[str, Any]]) -> None:
+def start_workers(device: str | torch.device) -> None:
+    """Inductor's compile workers start with the first compilation of a process: not part of any figure."""
+    if torch.device(device).type == "cuda":
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
+
+
+def compiled_graphs() -> int:
+    """Graphs that Dynamo has compiled in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def allocated() -> int:
+    """Bytes in use on the GPU."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def with_speedups(rows: list[Row]) -> list[Row]:
     for row in rows:
         same = ("model", "resolution", "batch")
         base = [
@@ -308,8 +338,4 @@ def _add_speedups(rows: list[dict[str, Any]]) -> None:
             if other["backend"] == "inductor" and all(other[key] == row[key] for key in same)
         ]
         row["speedup_vs_inductor"] = round(base[0] / row["step_ms"], 4) if base else None
-
-
-def _release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    return rows

@@ -113,7 +113,7 @@ class PowerMeter:
         return Load(round(statistics.median(powers), 1), float(statistics.median(clocks)))
 
     def _sample(self) -> None:
-        read = _nvml_reader() or _smi_reader()
+        read = (_nvml_reader() or _smi_reader()) if torch.cuda.is_available() else None
         while read is not None and not self._stop.is_set():
             self._samples.append(read())
             time.sleep(self.INTERVAL)

@@ -125,7 +125,7 @@ def step(
             tuple(model or measurements.MODELS),
             resolutions=tuple(resolution or (1024,)),
             batches=tuple(batch or (1,)),
-            backends=tuple(backend or measurements.DEFAULT_BACKENDS),
+            backends=tuple(backend or measurements.BACKENDS),
             rank=rank,
             seconds=seconds,
             progress=console.print,

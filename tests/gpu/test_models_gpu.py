@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lynx_compile
-from lynx_compile.bench.step import attach_random_branches
+from lynx_compile.bench.backends import attach_random_branches
 
 pytest.importorskip("diffusers")
 

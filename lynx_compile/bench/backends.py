@@ -1,0 +1,178 @@
+"""What a user can switch on for a transformer, and switching between several on one model.
+
+    with switched_on(model, BACKENDS["rt_lynx"], rank=64):
+        model(**inputs)
+
+Backends that are measured against each other stay compiled side by side: `State` holds what one of them put
+onto the modules, so that going from one to the next costs no compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import LynxLinear, attach, detach
+from ..regional import compile_blocks
+
+# The layers that the paper leaves dense after compensation (paper: layer skipping), in diffusers' names.
+PAPER_SKIPS: dict[str, tuple[str, ...]] = {
+    "FluxTransformer2DModel": ("single_transformer_blocks.*.proj_out",),
+    "ZImageTransformer2DModel": ("*.attention.to_out.0", "*.feed_forward.w3"),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a user switches on. inductor, mode: on the blocks of the model; neither: eager mode.
+
+    everything: sparse wherever it pays, also where the safe defaults stay dense. paper: but not the paper's
+    skipped layers. lora: with a LoRA branch on each sparse layer. fp8: quantises the weights in place.
+    """
+
+    name: str
+    inductor: bool = False
+    mode: str | None = None
+    fp8: bool = False
+    lynx: bool = False
+    lora: bool = False
+    everything: bool = False
+    paper: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("eager"),
+        Backend("inductor", inductor=True),
+        Backend("inductor-max-autotune", inductor=True, mode="max-autotune-no-cudagraphs"),
+        Backend("inductor-cudagraphs", inductor=True, mode="reduce-overhead"),
+        Backend("fp8-rowwise", inductor=True, fp8=True),
+        Backend("rt_lynx", lynx=True, lora=True),
+        Backend("rt_lynx-paper-skips", lynx=True, lora=True, everything=True, paper=True),
+        Backend("rt_lynx-everything", lynx=True, lora=True, everything=True),
+        Backend("rt_lynx-everything-no-lora", lynx=True, everything=True),
+        Backend(
+            "rt_lynx-cudagraphs",
+            lynx=True,
+            lora=True,
+            everything=True,
+            options={"mode": "reduce-overhead"},
+        ),
+    )
+}
+
+
+@contextmanager
+def switched_on(model: nn.Module, backend: Backend, rank: int, dynamic: bool | None = None) -> Iterator[None]:
+    """The model's repeated blocks under a backend; plain eager modules again at the end.
+
+    A model that fp8 has quantised stays quantised.
+    """
+    try:
+        switch_on(model, backend, rank, dynamic)
+        yield
+    finally:
+        switch_off(model)
+
+
+def switch_on(model: nn.Module, backend: Backend, rank: int, dynamic: bool | None = None) -> None:
+    """Put a backend onto the repeated blocks of a model in eager mode; they compile on their first call.
+
+    Raises RuntimeError when the backend needs a package that is not installed.
+    """
+    if backend.fp8:
+        _quantize_fp8(model)
+    if backend.lora:
+        attach_random_branches(model, rank)
+    if backend.lynx:
+        skip = PAPER_SKIPS.get(type(model).__name__, ()) if backend.paper else ()
+        only = ["*"] if backend.everything else []
+        compile_blocks(
+            model,
+            fullgraph=True,
+            dynamic=dynamic,
+            skip=list(skip),
+            only=only,
+            strict=True,
+            **backend.options,
+        )
+    elif backend.inductor:
+        compile_repeated: Any = model.compile_repeated_blocks
+        compile_repeated(fullgraph=True, mode=backend.mode, dynamic=dynamic)
+
+
+def switch_off(model: nn.Module) -> None:
+    """Undo `switch_on`, but for the quantisation of weights."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+        if isinstance(module, LynxLinear):
+            detach(module)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a backend put onto the modules of a model: compiled calls, per-layer data and decisions."""
+
+    calls: Mapping[nn.Module, Any]
+    layers: Mapping[nn.Module, tuple[dict[str, Any], dict[str, Tensor | None]]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> State:
+        calls = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+        layers: dict[nn.Module, Any] = {
+            m: (_lynx(vars(m)), _lynx(m._buffers)) for m in model.modules() if isinstance(m, LynxLinear)
+        }
+        return cls(calls, layers)
+
+    def restore(self, model: nn.Module) -> None:
+        """Back to this state, with the very same tensors: nothing is compiled or captured again."""
+        switch_off(model)
+        for layer, (attributes, buffers) in self.layers.items():
+            attach(layer)
+            vars(layer).update(attributes)
+            layer._buffers.update(buffers)
+        for module, call in self.calls.items():
+            module._compiled_call_impl = call
+
+
+def _lynx(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if name.startswith("lynx_")}
+
+
+def attach_random_branches(model: nn.Module, rank: int, seed: int = 0) -> int:
+    """A random LoRA branch on every linear layer of the repeated blocks that tokens go through.
+
+    Layers that stay dense ignore theirs. Returns how many were attached.
+    """
+    kinds: Any = model._repeated_blocks
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    linears = {
+        module: None
+        for block in blocks
+        for name, module in block.named_modules()
+        if type(module) is nn.Linear and "mod" not in name.lower() and "norm" not in name.lower()
+    }
+    torch.manual_seed(seed)
+    for module in linears:
+        n, k = module.weight.shape
+        device, dtype = module.weight.device, module.weight.dtype
+        down = torch.randn(rank, k, device=device, dtype=dtype) / k**0.5
+        up = torch.randn(n, rank, device=device, dtype=dtype) * (0.01 / rank**0.5)
+        attach(module, down=down, up=up)
+    return len(linears)
+
+
+def _quantize_fp8(model: nn.Module) -> None:
+    """torchao's dynamic fp8 with a scale per row, in place."""
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError as error:
+        raise RuntimeError("it needs torchao; install it with: pip install 'lynx-compile[bench]'") from error
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
