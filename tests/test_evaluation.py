@@ -12,9 +12,11 @@ from torch import nn
 from lynx_compile.calibration import Inputs
 from lynx_compile.evaluation.emoji import prompts, to_pictures
 from lynx_compile.evaluation.features import kid
-from lynx_compile.evaluation.methods import Method, sparse_weights
+from lynx_compile.evaluation.ground import Ground, Settings, speed_of
+from lynx_compile.evaluation.methods import Method, weight_methods
 from lynx_compile.evaluation.metrics import MAX_PSNR, Mean, psnr, relative_error, ssim
-from lynx_compile.evaluation.run import Settings, Study, speed_of
+from lynx_compile.evaluation.recipe import output_errors, race
+from lynx_compile.evaluation.run import Study
 from lynx_compile.evaluation.table import Table, draw_pictures
 from lynx_compile.evaluation.weight_sparsity import (
     InputStatistics,
@@ -123,7 +125,7 @@ def test_table(tmp_path: Path) -> None:
     assert row.sparse_flops_share == 0.5
     assert 0 < row.latent_rel_err < 1
     assert row.latent_rel_err_ci[0] <= row.latent_rel_err <= row.latent_rel_err_ci[1]
-    for method in sparse_weights(workload, ["blocks.0"], 8):
+    for method in weight_methods(workload, ["blocks.0"], 8):
         table.add(method)
     names = [r.method for r in table.rows]
     assert names[0] == "dense"
@@ -182,37 +184,91 @@ class SmallPipe:
         return (x,)
 
 
-def test_study_fills_the_table() -> None:
-    settings = Settings(
-        prompts=6,
-        steps=3,
-        rank=16,
-        calibration_prompts=16,
-        validation_prompts=4,
-        distill_prompts=16,
-        distill_samples=8,
-        recipe_steps=20,
-        joint_steps=4,
-        shares=(0.5, 0.4),
-        distilled_share=0.5,
-        batch_size=8,
-    )
-    study = Study(
+SMALL = Settings(
+    prompts=6,
+    steps=3,
+    rank=16,
+    calibration_prompts=16,
+    validation_prompts=4,
+    distill_prompts=16,
+    distill_samples=8,
+    recipe_steps=20,
+    joint_steps=4,
+    shares=(0.5, 0.4),
+    distilled_share=0.5,
+    batch_size=8,
+)
+
+
+def small_study(**options: object) -> Study:
+    return Study(
         SmallPipe(),
         lambda count, start: [f"{i} {'x' * (i % 7)}" for i in range(start, start + count)],
-        settings,
+        SMALL,
         lambda s: s.reshape(-1, 1, 24, 64).expand(-1, 3, -1, -1).sigmoid(),
+        **options,
     )
+
+
+def test_study_fills_the_table() -> None:
+    study = small_study()
     rows = {row.method: row for row in study.run().rows}
     assert rows["dense"].latent_rel_err == 0
     chosen = rows["closed form + shift + SL end to end, 50%"]
     assert chosen.sparse_flops_share >= 0.5 - 1e-9
-    assert chosen.latent_rel_err < rows["SA-NC-LoRA, closed form + shift"].latent_rel_err
+    assert chosen.latent_rel_err < rows["SA-NC-LoRA r16, closed form + shift"].latent_rel_err
     assert rows["closed form + shift + SL end to end, 40%"].sparse_flops_share >= 0.4 - 1e-9
-    assert rows["SA-NC-LoRA r16, paper's recipe (20 steps)"].calibration_s > 0
+    recipe = rows["SA-NC-LoRA r16, paper's recipe (20 steps)"]
+    assert recipe.calibration_s > 0
+    assert recipe.details["rank_share_of_k"] == [0.25]
     assert any("joint distillation" in name for name in rows)
     assert sum("2:4 weights" in name for name in rows) == 5
-    profile = study.profile
-    assert profile is not None
+    assert set(recipe.to_json()) == {
+        "method",
+        "sparse_flops_share",
+        "psnr_db",
+        "ssim",
+        "latent_rel_err",
+        "latent_rel_err_ci",
+        "kid",
+        "kid_ci",
+        "calibration_s",
+    }
+    watched = study.ground.studies["recipe_against_closed_form"]
+    assert [step for step, _, _ in watched["history"]] == list(range(21))
+    assert watched["history"][-1][2] < watched["history"][0][2]
+    profile = study.profile()
     assert 0 < len(profile.sparse_layers()) < len(profile.layers)
     assert all("sample" in layer.sensitivity for layer in profile.layers.values())
+
+
+def test_stages_are_named() -> None:
+    with pytest.raises(ValueError, match="stage 'wights' is unknown; stages are ladder"):
+        small_study(stages=["wights"])
+
+
+def test_race_reads_off_when_training_gets_there() -> None:
+    history = [[0, 1.0, 0.5], [10, 2.0, 0.208], [20, 3.0, 0.2]]
+    found = race(0.5, 0.2, history)["reached"]
+    assert found == {
+        "0%": {"step": 20, "seconds": 3.0},
+        "1%": {"step": 20, "seconds": 3.0},
+        "5%": {"step": 10, "seconds": 2.0},
+        "10%": {"step": 10, "seconds": 2.0},
+    }
+    assert race(0.5, 0.1, history)["reached"]["10%"] is None
+
+
+def test_output_errors_are_those_of_the_layer() -> None:
+    ground = Ground(SmallPipe(), lambda count, start: ["x"] * count, SMALL)
+    errors = output_errors(ground.model, ground.checks, {"blocks.0.to_q": Branch()})
+    seen: list[torch.Tensor] = []
+    module = ground.model.blocks[0].to_q
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for args, kwargs, _ in ground.checks:
+            ground.model(*args, **kwargs)
+        handle.remove()
+        x = torch.cat(seen)
+        wanted = (Branch()(module, x) - module(x)).norm() / module(x).norm()
+    assert errors == {"blocks.0.to_q": pytest.approx(float(wanted), rel=1e-4)}

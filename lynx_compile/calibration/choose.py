@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
 from ..cost import predict
 from ..profile.fingerprint import linear_layers
@@ -72,6 +73,21 @@ def device_costs(
         predicted = predict(device, m, *layer.shape, rank=layer.branch.rank)
         costs[name] = Cost(predicted.dense_ms, predicted.sparse_ms)
     return costs
+
+
+def costs_of(profile: Profile, model: nn.Module, costs: str) -> tuple[dict[str, Cost], float]:
+    """(cost of each layer of the profile, time of the linear layers that are never sparse).
+
+    costs: "flops", or a device of `lynx_compile.cost.devices()`.
+    """
+    linears = linear_layers(model)
+    others = {
+        name: (tokens, linears[name].weight.shape) for name, tokens in profile.studies["other_tokens"].items()
+    }
+    if costs == "flops":
+        return flops_costs(profile), float(sum(m * n * k for m, (n, k) in others.values()))
+    other_time = sum(predict(costs, m, n, k).dense_ms for m, (n, k) in others.values())
+    return device_costs(profile, costs), other_time
 
 
 def front(
@@ -247,15 +263,7 @@ def chooser_for(
     costs: "flops", or a device of `lynx_compile.cost.devices()`.  share: of the saving at which the effect of
     dense first steps is measured; it depends on what else is dense.
     """
-    linears = linear_layers(study.workload.model)
-    others = {
-        name: (tokens, linears[name].weight.shape) for name, tokens in profile.studies["other_tokens"].items()
-    }
-    if costs == "flops":
-        table, other_time = flops_costs(profile), float(sum(m * n * k for m, (n, k) in others.values()))
-    else:
-        table = device_costs(profile, costs)
-        other_time = sum(predict(costs, m, n, k).dense_ms for m, (n, k) in others.values())
+    table, other_time = costs_of(profile, study.workload.model, costs)
     effects = study.measure(layers, "layer")
     squares = {name: (effect.sample or 0.0) ** 2 for name, effect in effects.items()}
     for name, effect in effects.items():

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
 from ..profile.branch import Branch, exact_products
 from ..profile.fingerprint import linear_layers
-from ..runtime import semantics
 from .emulation import emulate
 from .statistics import Hooks
 from .workload import Workload, first_tensor
@@ -56,15 +56,17 @@ def split_calls(calls: list[Call], samples: int, seed: int = 0) -> list[Call]:
                 smaller.append(
                     (
                         tuple(_samples(value, index, batch) for value in args),
-                        {name: _samples(value, index, batch) for name, value in kwargs.items()},
+                        {name: _samples(value, index, batch, name) for name, value in kwargs.items()},
                         velocity[index],
                     )
                 )
     return smaller
 
 
-def _samples(value: Any, index: Tensor, batch: int) -> Any:
-    """Rows of what holds one a sample; ids, flags and the like are shared."""
+def _samples(value: Any, index: Tensor, batch: int, name: str = "") -> Any:
+    """Rows of what holds one a sample; flags and the like, and the ids of positions, are shared."""
+    if name.endswith("_ids"):  # one row a token, and there may be as many tokens as samples
+        return value
     per_sample = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
     return value[index] if per_sample else value
 
@@ -145,16 +147,14 @@ def distill_layers(
     optimizer = torch.optim.Adam(factors.parameters(), lr=lr, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
+    bare = {name: replace(branches[name], down=None, up=None) for name in linears}
+
     def see(name: str, x: Tensor) -> None:
-        branch = branches[name]
+        module, shift = linears[name], branches[name].shift
+        with torch.no_grad():
+            residual = (F.linear(x, module.weight, module.bias) - bare[name](module, x)).float()
+            z = x.float() if shift is None else x.float() - shift
         with exact_products(x.dtype), torch.enable_grad():
-            with torch.no_grad():
-                rows = x.reshape(-1, x.shape[-1])
-                pruned, _, scale, _ = semantics.sparsify(
-                    rows, shift=branch.shift, compensation=branch.compensation
-                )
-                z = rows.float() if branch.shift is None else rows.float() - branch.shift
-                residual = (z - scale[:, None] * pruned.float()) @ linears[name].weight.float().T
             loss = (residual - (z @ factors.down[name].T) @ factors.up[name].T).square().mean()
             (loss / residual.square().mean().clamp_min(1e-12)).backward()
 

@@ -140,7 +140,7 @@ def _choose(
     """Measure, choose, write both into the profile; returns the front and what was measured."""
     from ..calibration.choose import apply_choice, chooser_for
     from ..calibration.sensitivity import Sensitivity
-    from ..evaluation.methods import branches_of
+    from ..evaluation.ground import branches_of
 
     study = Sensitivity(held_out, calls=5)
     branches = branches_of(profile, held_out.model)

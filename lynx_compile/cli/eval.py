@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +31,9 @@ def evaluate(
     recipe_steps: Annotated[int, typer.Option(help="Of the paper's training recipe.")] = 2000,
     joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1000,
     batch_size: int = 256,
+    only: Annotated[
+        str, typer.Option(help="Stages, by commas: ladder, chosen, recipe, weights, …; all by default.")
+    ] = "",
     real: Annotated[
         Path | None, typer.Option(help="Archive of real pictures for KID (prepare.py makes it).")
     ] = None,
@@ -42,7 +44,7 @@ def evaluate(
     import torch
 
     from ..evaluation import emoji, features
-    from ..evaluation.run import Settings, Study
+    from ..evaluation.run import STAGES, Settings, Study
     from ..evaluation.table import draw_pictures
     from ..results import write_results
 
@@ -75,32 +77,42 @@ def evaluate(
         batch_size=batch_size,
     )
     rows: list[Row] = []
+    stages = tuple(name.strip() for name in only.split(",")) if only else tuple(STAGES)
 
     def note(row: Row) -> None:
         rows.append(row)
-        # What is measured stays, also when a later row fails.
-        write_results(out, [asdict(row) for row in rows], prompts=prompts, steps=steps)
-        console.print(_line(row))
+        write()  # what is measured stays, also when a later row fails
+        console.print(_line(row), markup=False)
 
-    study = Study(
-        pipe,
-        emoji.prompts,
-        settings,
-        emoji.to_pictures,
-        net,
-        photos,
-        note,
-        lambda text: console.print(text, markup=False),
-    )
+    def write() -> None:
+        details = {row.method: row.details for row in rows}
+        found = [row.to_json() for row in rows]
+        write_results(out, found, prompts=prompts, steps=steps, details=details, studies=study.ground.studies)
+
+    try:
+        study = Study(
+            pipe,
+            emoji.prompts,
+            settings,
+            emoji.to_pictures,
+            net,
+            photos,
+            note,
+            lambda text: console.print(text, markup=False),
+            stages,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     table = study.run()
+    write()
     console.print(_rich(rows))
     if pictures is not None:
         pictures.parent.mkdir(parents=True, exist_ok=True)
         draw_pictures(pictures, table.pictures, rows)
-    if profile is not None and study.profile is not None:
+    if profile is not None:
         from ..profile import save_profile
 
-        save_profile(study.profile, profile)
+        save_profile(study.profile(), profile)
 
 
 def _line(row: Row) -> str:

@@ -1,26 +1,30 @@
 """The methods of the quality table: the forwards of the layers each changes, and what they cost to make.
 
-A method sees the dense model and calibration batches, never a held-out prompt.
+A method sees the dense model and prompts to calibrate, train and validate with, never a held-out prompt. A
+stage is a function from `Ground` to methods; `run.STAGES` lists them.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration.choose import Choice, costs_of, front, pick
 from ..calibration.emulation import Forward
-from ..calibration.refine import Call, distill_layers, random_branches
 from ..calibration.statistics import Hooks, Readers, rows_of
 from ..calibration.workload import Workload
-from ..profile import Branch, Profile
+from ..profile import Branch
 from ..profile.fingerprint import linear_layers
+from .clock import Clock
+from .ground import Ground, speed_of
 from .weight_sparsity import InputStatistics, bawa, magnitude, ria, slim, wanda
+
+OURS = "closed form + shift"  # what `calibrate` makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,35 +44,59 @@ class PrunedWeight:
 
 @dataclass
 class Method:
-    """One row of the table. layers: the forwards of what it makes sparse.  rank: of its branch."""
+    """One row of the table. layers: the forwards of what it makes sparse.  rank: of its branch.
+
+    details: what else to write down of it (JSON values).
+    """
 
     name: str
     layers: Mapping[str, Forward]
     calibration_s: float = 0.0
     rank: int = 0
     dense_steps: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Clock:
-    """Wall time of device work between entering and leaving."""
-
-    seconds: float = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        _finish()
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            _finish()
-            self.seconds += time.monotonic() - start
+def ladder(ground: Ground) -> Iterator[Method]:
+    """Sparse activations: 2:4 alone, with norm compensation, with the closed form, with the shift too."""
+    names, rank = ground.names, ground.settings.rank
+    yield Method("SA-native", {name: Branch(compensation="native") for name in names})
+    yield Method("SA-NC", {name: Branch() for name in names})
+    plain, shifted = ground.plain, ground.shifted
+    yield Method(f"SA-NC-LoRA r{rank}, closed form", plain.branches, plain.seconds, rank)
+    yield Method(f"SA-NC-LoRA r{rank}, {OURS}", shifted.branches, shifted.seconds, rank)
 
 
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def chosen(ground: Ground) -> Iterator[Method]:
+    """Our branches with layers left dense by end-to-end sensitivity, and by local error at equal shares."""
+    branches, s = ground.shifted.branches, ground.settings
+    for share in sorted(s.shares, key=lambda share: abs(share - s.distilled_share)):
+        choice = ground.choice(share)
+        made = ground.shifted.seconds + ground.choosing.seconds
+        yield method_of(f"{OURS} + SL end to end, {share:.0%}", choice, branches, made, s.rank)
+    errors = {name: layer.error_after or 0.0 for name, layer in ground.shifted.profile.layers.items()}
+    for share in s.shares:
+        choice = by_local_error(ground, errors, share)
+        yield method_of(
+            f"{OURS} + SL by local error, {share:.0%}", choice, branches, ground.shifted.seconds, s.rank
+        )
+
+
+def by_local_error(ground: Ground, errors: Mapping[str, float], share: float) -> Choice:
+    """The layers of the least sum of squared local errors at this share."""
+    costs, other_time = costs_of(ground.shifted.profile, ground.model, "flops")
+    squares = {name: error**2 for name, error in errors.items()}
+    points = front(costs, squares, ground.settings.steps, {0: 1.0}, other_time)
+    return pick(points, speed=speed_of(share))
+
+
+def method_of(
+    title: str, choice: Choice, branches: Mapping[str, Branch], seconds: float, rank: int
+) -> Method:
+    """A row with the layers of a choice."""
+    layers = {name: branches[name] for name in branches if name in choice.sparse}
+    dense = sorted(set(branches) - choice.sparse)
+    return Method(title, layers, seconds, rank, choice.dense_steps, {"dense_layers": dense})
 
 
 def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputStatistics]:
@@ -99,7 +127,12 @@ def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputSta
     return {name: shared[leader] for leader, group in readers.groups().items() for name in group}
 
 
-def sparse_weights(workload: Workload, names: list[str], rank: int) -> Iterator[Method]:
+def sparse_weights(ground: Ground) -> Iterator[Method]:
+    """The rivals: sparse weights in every layer that may be sparse."""
+    return weight_methods(ground.calibration, ground.names, ground.settings.rank)
+
+
+def weight_methods(workload: Workload, names: list[str], rank: int) -> Iterator[Method]:
     """2:4 weights by magnitude, Wanda, RIA, BaWA and SLiM, one after another."""
     linears = linear_layers(workload.model)
     statistics: dict[str, InputStatistics] = {}
@@ -125,29 +158,3 @@ def sparse_weights(workload: Workload, names: list[str], rank: int) -> Iterator[
 def _slim_layer(module: nn.Linear, statistics: InputStatistics, rank: int) -> PrunedWeight:
     pruned, down, up = slim(module.weight, statistics, min(rank, *module.weight.shape))
     return PrunedWeight(pruned, down.to(pruned.dtype), up.to(pruned.dtype))
-
-
-def branches_of(profile: Profile, model: nn.Module, names: list[str] | None = None) -> dict[str, Branch]:
-    """A profile's branches, on the model's device in its dtype."""
-    linears = linear_layers(model)
-    return {
-        name: layer.branch.to(linears[name].weight.device, linears[name].weight.dtype)
-        for name, layer in profile.layers.items()
-        if names is None or name in names
-    }
-
-
-def paper_recipe(
-    model: nn.Module, calls: list[Call], names: list[str], rank: int, steps: int, lr: float
-) -> Method:
-    """SA-NC-LoRA as RT-Lynx trains it: norm compensation, no shift, branches from a random start."""
-    clock = Clock()
-    with clock.running():
-        start = random_branches(model, {name: Branch() for name in names}, rank)
-        trained = distill_layers(model, calls, start, steps=steps, lr=lr, quiet=True)
-    linears = linear_layers(model)
-    layers = {
-        name: branch.to(linears[name].weight.device, linears[name].weight.dtype)
-        for name, branch in trained.items()
-    }
-    return Method(f"SA-NC-LoRA r{rank}, paper's recipe ({steps} steps)", layers, clock.seconds, rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,26 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of `quality_*.json`. calibration_s: wall time to make the method's data."""
+    """One line of `quality_*.json`. calibration_s: wall time to make the method's data.
+
+    details: what else is known of the method, written beside the rows.
+    """
 
     method: str
     sparse_flops_share: float
     psnr_db: float
-    psnr_db_ci: tuple[float, float]
     ssim: float
     latent_rel_err: float
     latent_rel_err_ci: tuple[float, float]
     kid: float | None
     kid_ci: tuple[float, float] | None
     calibration_s: float
-    rank: int = 0
-    dense_steps: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line without its details; tuples as lists."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "details"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 @dataclass
@@ -99,12 +105,15 @@ class Table:
         return torch.cat([workload.run(batch).float() for batch in range(len(workload))])
 
     def share(self, layers: Mapping[str, Forward], dense_steps: int) -> float:
-        """Of all linear FLOPs × steps, those in sparse layers."""
+        """Of all linear FLOPs × steps, those in rows of sparse layers that are sparse."""
         flops = {
             name: self.tokens[name] * self.shapes[name][0] * self.shapes[name][1] for name in self.tokens
         }
-        sparse = sum(flops[name] for name in layers) / sum(flops.values())
-        return sparse * (self.steps - dense_steps) / self.steps
+        sparse = 0.0
+        for name, forward in layers.items():
+            dense_rows = min(getattr(forward, "dense_tokens", 0), self.tokens[name])
+            sparse += flops[name] * (1 - dense_rows / self.tokens[name])
+        return sparse / sum(flops.values()) * (self.steps - dense_steps) / self.steps
 
     def _calls_per_run(self) -> int:
         if not hasattr(self, "_calls"):
@@ -125,19 +134,23 @@ class Table:
         quality: Kid | None = None
         if self.real_features is not None:
             quality = kid(self._features(pictures), self.real_features)
+        details: dict[str, Any] = {"psnr_db_ci": [apart.psnr.low, apart.psnr.high], **method.details}
+        if method.rank:
+            widths = sorted({self.shapes[name][1] for name in method.layers})
+            details |= {"rank": method.rank, "rank_share_of_k": [method.rank / k for k in widths]}
+        if method.dense_steps:
+            details["dense_steps"] = method.dense_steps
         row = Row(
             method.name,
             self.share(method.layers, method.dense_steps),
             apart.psnr.value,
-            (apart.psnr.low, apart.psnr.high),
             apart.ssim.value,
             apart.error.value,
             (apart.error.low, apart.error.high),
             None if quality is None else quality.value,
             None if quality is None else (quality.low, quality.high),
             round(method.calibration_s, 2),
-            method.rank,
-            method.dense_steps,
+            details,
         )
         self.rows.append(row)
         self.pictures[method.name] = pictures[: self.keep].cpu()

@@ -1,0 +1,165 @@
+"""What every method of the quality table is made from: the dense model, prompts, and what methods share.
+
+Calibration and training prompts come first, then validation, then the held-out prompts of the table; no range
+overlaps another. Everything here is made on first use and timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..calibration.choose import Choice, Chooser, chooser_for
+from ..calibration.refine import Call, record, split_calls
+from ..calibration.run import calibrate
+from ..calibration.sensitivity import Sensitivity
+from ..calibration.workload import Pipeline
+from ..profile import Branch, Profile
+from ..profile.fingerprint import linear_layers
+from .clock import Clock
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything. shares: of linear FLOPs × steps sparse, for the rows with layers left dense.
+
+    distilled_share: the share at which variants are compared with each other.
+    """
+
+    prompts: int = 512
+    steps: int = 20
+    rank: int = 16
+    calibration_prompts: int = 64
+    distill_prompts: int = 256
+    validation_prompts: int = 64
+    recipe_steps: int = 2000
+    recipe_lr: float = 1e-3
+    joint_steps: int = 1000
+    joint_lr: float = 3e-4
+    shares: tuple[float, ...] = (0.92, 0.85, 0.75, 0.5)
+    distilled_share: float = 0.85
+    batch_size: int = 256
+    distill_samples: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A calibration in closed form: its profile, branches on the model's device, and seconds."""
+
+    profile: Profile
+    branches: dict[str, Branch]
+    seconds: float
+
+
+class Ground:
+    """prompts(count, start): disjoint ranges share no prompt.  log: told what is worth a line."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Callable[[int, int], list[str]],
+        settings: Settings,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.pipe, self.prompts, self.settings, self.log = pipe, prompts, settings, log
+        self.model = pipe.transformer
+        self.studies: dict[str, Any] = {}  # measured on the way, for the result file
+        training = max(settings.calibration_prompts, settings.distill_prompts)
+        self.held_out = training + settings.validation_prompts
+        self.calibration = self.workload(settings.calibration_prompts, 0)
+        self.training = self.workload(settings.distill_prompts, 0)
+        self.validation = self.workload(settings.validation_prompts, training)
+        self.recording, self.choosing = Clock(), Clock()
+        self._choices: dict[float, Choice] = {}
+
+    def workload(self, count: int, start: int, seed: int = 0) -> Pipeline:
+        """Prompts start … start + count; the same seeds for the same `seed`."""
+        s = self.settings
+        return Pipeline(
+            self.pipe,
+            self.prompts(count, start),
+            steps=s.steps,
+            batch_size=min(s.batch_size, count),
+            seed=s.seed + seed + start,
+        )
+
+    @cached_property
+    def shifted(self) -> Closed:
+        """Norm compensation, mean shift and branch: what `calibrate` makes."""
+        return self._calibrated(shift=True)
+
+    @cached_property
+    def plain(self) -> Closed:
+        """Norm compensation and branch, no shift."""
+        return self._calibrated(shift=False)
+
+    def _calibrated(self, shift: bool) -> Closed:
+        s, clock = self.settings, Clock()
+        with clock.running():
+            profile = calibrate(self.calibration, rank=s.rank, steps=s.steps, shift=shift, quiet=True)
+        self.log(f"closed form{' with shift' if shift else ''}: {clock.seconds:.1f} s")
+        return Closed(profile, branches_of(profile, self.model), clock.seconds)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that may be sparse."""
+        return list(self.shifted.profile.layers)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The dense model's calls over the training prompts, cut to training batches."""
+        s = self.settings
+        with self.recording.running():
+            return split_calls(record(self.training, quiet=True), s.distill_samples, s.seed)
+
+    @cached_property
+    def checks(self) -> list[Call]:
+        """Every third call over the validation prompts."""
+        return record(self.validation, quiet=True)[::3]
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        """End-to-end sensitivity of every layer, measured on the validation prompts."""
+        with self.choosing.running():
+            study = Sensitivity(self.validation, calls=5, quiet=True)
+            made = chooser_for(
+                study, self.shifted.profile, self.shifted.branches, "flops", self.settings.distilled_share
+            )
+        self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
+        return made
+
+    def choice(self, share: float) -> Choice:
+        """What to leave dense so that `share` of FLOPs × steps is sparse, by end-to-end sensitivity.
+
+        The first choice also measures what its members do together; later ones start from what it found.
+        """
+        if share not in self._choices:
+            chooser = self.chooser
+            with self.choosing.running():
+                rounds = 0 if self._choices else 1
+                self._choices[share] = chooser.choose(speed=speed_of(share), rounds=rounds)
+        return self._choices[share]
+
+
+def branches_of(profile: Profile, model: nn.Module) -> dict[str, Branch]:
+    """A profile's branches, on the model's device in its dtype."""
+    return placed({name: layer.branch for name, layer in profile.layers.items()}, model)
+
+
+def placed(branches: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
+    """Branches on the model's device in its dtype."""
+    linears = linear_layers(model)
+    return {
+        name: branch.to(linears[name].weight.device, linears[name].weight.dtype)
+        for name, branch in branches.items()
+    }
+
+
+def speed_of(share: float) -> float:
+    """The speed at which `share` of the FLOPs is sparse and costs half."""
+    return 1 / (1 - share / 2)

@@ -1,0 +1,114 @@
+"""RT-Lynx's own recipe as a rival: branches trained layer by layer from a random start (arXiv 2605.26632).
+
+It trains the layers that the closed form solves. Its error on validation calls is watched as it trains, so
+that the time to any error can be read off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calibration.emulation import Forward
+from ..calibration.refine import Call, distill_layers, random_branches
+from ..calibration.statistics import Hooks
+from ..profile import Branch
+from ..profile.fingerprint import linear_layers
+from .clock import Clock
+from .ground import Ground, placed
+from .methods import Method, by_local_error, method_of
+
+CHECKS = 20  # times its error is looked at while it trains
+
+
+def paper_recipe(ground: Ground) -> Iterator[Method]:
+    """SA-NC-LoRA by the paper's loss, whole and with layers left dense by local error."""
+    s = ground.settings
+    trained, seconds = _train(ground)
+    title = f"SA-NC-LoRA r{s.rank}, paper's recipe ({s.recipe_steps} steps)"
+    yield Method(title, trained, seconds, s.rank)
+    errors = output_errors(ground.model, ground.checks, trained)
+    for share in s.shares:
+        choice = by_local_error(ground, errors, share)
+        yield method_of(f"{title} + SL by local error, {share:.0%}", choice, trained, seconds, s.rank)
+
+
+def _train(ground: Ground) -> tuple[dict[str, Branch], float]:
+    """Trained branches and the seconds they took; what was seen on the way goes into `ground.studies`."""
+    s, model = ground.settings, ground.model
+    calls, checks, closed = ground.calls, ground.checks, ground.plain
+    aim = mean(output_errors(model, checks, closed.branches))
+    history: list[list[float]] = []
+    watched = Clock()
+    start = 0.0
+
+    def watch(step: int, branches: Mapping[str, Branch]) -> None:
+        with watched.running():
+            error = mean(output_errors(model, checks, placed(branches, model)))
+        seconds = time.monotonic() - start - watched.seconds + ground.recording.seconds
+        history.append([step, round(seconds, 3), error])
+
+    untrained = random_branches(model, {name: Branch() for name in ground.names}, s.rank)
+    watch(0, untrained)
+    history[0][1] = round(ground.recording.seconds, 3)
+    clock = Clock(ground.recording.seconds)
+    with clock.running():
+        start, watched.seconds = time.monotonic(), 0.0
+        trained = distill_layers(
+            model,
+            calls,
+            untrained,
+            steps=s.recipe_steps,
+            lr=s.recipe_lr,
+            quiet=True,
+            report=watch,
+            report_every=max(s.recipe_steps // CHECKS, 1),
+        )
+    seconds = clock.seconds - watched.seconds
+    ground.studies["recipe_against_closed_form"] = race(closed.seconds, aim, history)
+    ground.log(f"paper's recipe: {seconds:.1f} s; {ground.studies['recipe_against_closed_form']['reached']}")
+    return placed(trained, model), seconds
+
+
+def race(closed_s: float, aim: float, history: list[list[float]]) -> dict[str, Any]:
+    """When training, as (step, seconds, error), came to within 0, 1, 5 and 10% of the closed form's error."""
+    reached = {}
+    for slack in (0.0, 0.01, 0.05, 0.1):
+        met = next((entry for entry in history if entry[2] <= aim * (1 + slack)), None)
+        reached[f"{slack:.0%}"] = None if met is None else {"step": met[0], "seconds": met[1]}
+    return {
+        "error": "mean over layers of the relative output error on validation prompts",
+        "closed_form_s": round(closed_s, 3),
+        "closed_form_error": aim,
+        "history": history,
+        "reached": reached,
+    }
+
+
+@torch.no_grad()
+def output_errors(model: nn.Module, calls: list[Call], forwards: Mapping[str, Forward]) -> dict[str, float]:
+    """‖Ŷ − Y‖ / ‖Y‖ of each layer at the dense model's own inputs."""
+    linears = {name: linear_layers(model)[name] for name in forwards}
+    sums: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        module = linears[name]
+        y = F.linear(x, module.weight, module.bias).float()
+        parts = torch.stack([(forwards[name](module, x).float() - y).square().sum(), y.square().sum()])
+        sums[name] = sums[name] + parts if name in sums else parts
+
+    with Hooks(model, linears, see):
+        for args, kwargs, _ in calls:
+            model(*args, **kwargs)
+    totals = torch.stack(list(sums.values())).double().cpu()
+    roots = (totals[:, 0] / totals[:, 1].clamp_min(1e-300)).sqrt()
+    return dict(zip(sums, roots.tolist(), strict=True))
+
+
+def mean(errors: Mapping[str, float]) -> float:
+    return sum(errors.values()) / max(len(errors), 1)
