@@ -56,7 +56,7 @@ def compile_blocks(
 
 
 def pattern(block: nn.Module) -> Hashable:
-    """What makes two blocks compile to different graphs: class, decisions, which data layers carry and share."""
+    """What makes two blocks compile to different graphs: class, decisions, what layers carry and share."""
     first: dict[int, int] = {}  # tensor → number of distinct ones before it
     layers = tuple(
         (

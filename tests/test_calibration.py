@@ -71,11 +71,11 @@ def test_errors_are_those_of_the_branch(rank: int) -> None:
     moments = Moments.zeros(64, x.device)
     for rows in x.split(250):
         moments.update(rows, mean, "norm")
-    branches = lora_branches(moments, mean, weight, 48)
+    branches = lora_branches(moments, mean, {"layer": weight}, 48)["layer"]
     z = x - mean
     sparse = semantics.sparsify(z)
     residual = (z - sparse.scale[:, None] * sparse.pruned) @ weight.T
-    down, up = branches.factors(rank)
+    down, up = branches.down(rank), branches.up(rank)
     left = (residual - z @ down.T @ up.T).norm() / (x @ weight.T).norm()
     assert branches.error(rank) == pytest.approx(float(left), rel=1e-3)
     torch.testing.assert_close((z @ down.T).square().mean(0), torch.ones(rank), rtol=0.05, atol=0.05)
@@ -85,7 +85,8 @@ def test_closed_form_is_the_best_branch_of_its_rank() -> None:
     x, weight, mean = spread_inputs()
     moments = Moments.zeros(64, x.device)
     moments.update(x, mean, "norm")
-    down, up = lora_branches(moments, mean, weight, 4).factors(4)
+    branches = lora_branches(moments, mean, {"layer": weight}, 4)["layer"]
+    down, up = branches.down(4), branches.up(4)
     z = x - mean
     sparse = semantics.sparsify(z)
     residual = (z - sparse.scale[:, None] * sparse.pruned) @ weight.T
@@ -100,14 +101,50 @@ def test_closed_form_is_the_best_branch_of_its_rank() -> None:
     assert float(loss) > float(least) * (1 - 1e-3)
 
 
+def test_layers_of_one_input_share_the_best_down_projection() -> None:
+    x, weight, mean = spread_inputs()
+    moments = Moments.zeros(64, x.device)
+    moments.update(x, mean, "norm")
+    weights = {"q": weight[:16], "k": 10 * weight[16:]}
+    branches = lora_branches(moments, mean, weights, 8)
+    assert branches["q"].directions is branches["k"].directions
+    z = x - mean
+    sparse = semantics.sparsify(z)
+    lost = z - sparse.scale[:, None] * sparse.pruned
+    down, total = branches["q"].down(4), 0.0
+    for name, w in weights.items():
+        residual = lost @ w.T
+        left = (residual - z @ down.T @ branches[name].up(4).T).norm() / (x @ w.T).norm()
+        assert branches[name].error(4) == pytest.approx(float(left), rel=1e-3)
+        alone = lora_branches(moments, mean, {name: w}, 8)[name]
+        assert alone.error(4) < branches[name].error(4)
+        t = z @ down.T
+        best = torch.linalg.lstsq(t, residual).solution
+        assert float((residual - t @ best).norm()) == pytest.approx(
+            branches[name].error(4) * float((x @ w.T).norm()), rel=1e-3
+        )
+        total += branches[name].error(4) ** 2
+    # Both layers' relative errors count: no other A of this rank has a smaller sum, one's own included.
+    for name in weights:
+        other = z @ lora_branches(moments, mean, {name: weights[name]}, 8)[name].down(4).T
+        sums = 0.0
+        for w in weights.values():
+            residual = lost @ w.T
+            left = residual - other @ torch.linalg.lstsq(other, residual).solution
+            sums += float(left.norm() / (x @ w.T).norm()) ** 2
+        assert total < sums
+
+
 def test_layers_of_one_input_share_statistics_and_embedders_are_left_out() -> None:
     profile = calibrate(make_workload(), rank=8, quiet=True)
     assert set(profile.layers) == {
         f"blocks.{i}.{name}" for i in range(2) for name in ("to_q", "to_k", "to_out")
     }
     layers = profile.layers
-    assert layers["blocks.0.to_q"].branch.shift is layers["blocks.0.to_k"].branch.shift
-    assert layers["blocks.0.to_q"].branch.shift is not layers["blocks.0.to_out"].branch.shift
+    for kind in ("shift", "down"):
+        q, k, out = (getattr(layers[f"blocks.0.{name}"].branch, kind) for name in ("to_q", "to_k", "to_out"))
+        assert q is k
+        assert q is not out
     for layer in layers.values():
         assert layer.error_after < layer.error_before
         assert layer.tokens == 24
@@ -197,9 +234,28 @@ def test_ranks_go_where_they_take_off_most() -> None:
     easy, hard = Moments.zeros(64, x.device), Moments.zeros(64, x.device)
     easy.update(x, mean, "norm")
     hard.update(x, mean, "norm")
-    branches = {"easy": lora_branches(easy, mean, weight, 32), "hard": lora_branches(hard, mean, weight, 32)}
+    branches = {
+        "easy": lora_branches(easy, mean, {"easy": weight}, 32),
+        "hard": lora_branches(hard, mean, {"hard": weight}, 32),
+    }
     assert allocate_ranks(branches, {"hard": 100.0}, 32, multiple=8) == {"easy": 0, "hard": 32}
     assert sum(allocate_ranks(branches, {}, 48, multiple=8).values()) == 48
+    two = {"pair": lora_branches(hard, mean, {"a": weight[:24], "b": weight[24:]}, 32)}
+    ranks = allocate_ranks(branches | two, {}, 50, multiple=8)
+    assert sum(ranks[name] * count for name, count in (("easy", 1), ("hard", 1), ("pair", 2))) == 48
+
+
+def test_training_keeps_what_is_shared() -> None:
+    workload = make_workload()
+    layers = calibrate(workload, rank=8, quiet=True).layers
+    names = ["blocks.0.to_q", "blocks.0.to_k", "blocks.0.to_out"]
+    start = {name: layers[name].branch for name in names}
+    q, k, out = distill_layers(
+        workload.model, record(workload, quiet=True), start, steps=2, quiet=True
+    ).values()
+    assert q.down is k.down
+    assert q.down is not out.down
+    assert not torch.equal(q.down, start[names[0]].down)
 
 
 def test_emulation_restores_the_model() -> None:
@@ -306,4 +362,7 @@ def test_training_recipes_lower_their_losses() -> None:
     joint = distill_jointly(model, calls[:6], calls[6:], start, steps=40, lr=1e-2, check_every=10, quiet=True)
     losses = [held_out for _, _, held_out in joint.history]
     assert min(losses) < losses[0]
+    with torch.no_grad(), emulate(model, joint.branches):  # the best ones, not those of the last step
+        held_out = [((model(*args) - v).square().sum() / v.square().sum()).item() for args, _, v in calls[6:]]
+    assert sum(held_out) / len(held_out) == pytest.approx(min(losses), rel=1e-5)
     assert all(not p.requires_grad for p in model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,21 @@ def test_apply_and_remove(folder: Path) -> None:
     assert torch.equal(model(x), before)
     remove_profile(model)
     assert not any(isinstance(module, LynxLinear) for module in model.modules())
+
+
+def test_layers_with_equal_data_share_it_once_applied(tmp_path: Path) -> None:
+    model = make_model()
+    profile = make_profile(model)
+    ups = profile.layers["blocks.0.up"], profile.layers["blocks.1.up"]
+    ups[1].sparse = True
+    ups[1].branch = replace(ups[1].branch, down=ups[0].branch.down, shift=ups[0].branch.shift)
+    save_profile(profile, tmp_path / "shared")
+    apply_profile(model, tmp_path / "shared")
+    up, other, down = (model.get_submodule(f"blocks.{name}") for name in ("0.up", "1.up", "0.down"))
+    assert up.lynx_down is other.lynx_down
+    assert up.lynx_shift is other.lynx_shift
+    assert up.lynx_up is not other.lynx_up
+    assert up.lynx_down is not down.lynx_down
 
 
 def test_compiled_profile_is_the_branches(folder: Path) -> None:

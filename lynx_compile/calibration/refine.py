@@ -73,26 +73,28 @@ def _samples(value: Any, index: Tensor, batch: int, name: str = "") -> Any:
 
 @dataclass
 class Factors:
-    """Trainable fp32 copies of branches' A and B; `branches()` gives them back."""
+    """Trainable fp32 copies of branches' A and B; `branches()` gives them back. What shares an A still does."""
 
     start: Mapping[str, Branch]
     down: dict[str, nn.Parameter] = field(default_factory=dict)
     up: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        shared: dict[int, nn.Parameter] = {}
         for name, branch in self.start.items():
             if branch.down is not None and branch.up is not None:
-                self.down[name] = nn.Parameter(branch.down.detach().float().clone())
+                if id(branch.down) not in shared:
+                    shared[id(branch.down)] = nn.Parameter(branch.down.detach().float().clone())
+                self.down[name] = shared[id(branch.down)]
                 self.up[name] = nn.Parameter(branch.up.detach().float().clone())
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.down.values(), *self.up.values()]
+        return list(dict.fromkeys([*self.down.values(), *self.up.values()]))
 
     def branches(self, dtype: torch.dtype = torch.float32) -> dict[str, Branch]:
+        downs = {down: down.detach().to(dtype, copy=True) for down in dict.fromkeys(self.down.values())}
         return {
-            name: replace(
-                branch, down=self.down[name].detach().to(dtype), up=self.up[name].detach().to(dtype)
-            )
+            name: replace(branch, down=downs[self.down[name]], up=self.up[name].detach().to(dtype, copy=True))
             if name in self.down
             else branch
             for name, branch in self.start.items()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..profile import Branch, Layer, Profile, fingerprint
 from .collect import Collector
-from .solve import Branches, allocate_ranks, lora_branches
+from .solve import allocate_ranks, from_state, lora_branches, to_state
 from .statistics import Moments
 from .workload import Workload
 
@@ -40,11 +40,13 @@ def calibrate(
 ) -> Profile:
     """Run the workload and fit every candidate layer's shift and LoRA branch in closed form.
 
-    rank: of every layer's branch, cut to the layer's smaller size.  total_rank: instead, a budget over all
-    layers, spent where it takes off most error (no layer above 4·rank).  shift: prune around each input's
-    mean. dense_tokens: glob on layer names → leading tokens of each sample that stay dense.  steps: denoising
-    steps of one run.  memory: bytes of device memory for statistics.  state: folder from which a killed run
-    goes on.
+    Layers that read one X share its shift and their branches' down-projection.
+
+    rank: of every layer's branch, cut to K and to the outputs of the layers that share it.  total_rank: instead,
+    a budget over all layers, spent where it takes off most error (no layer above 4·rank).  shift: prune around
+    each input's mean.  dense_tokens: glob on layer names → leading tokens of each sample that stay dense.
+    steps: denoising steps of one run.  memory: bytes of device memory for statistics.  state: folder from which
+    a killed run goes on.
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
@@ -64,21 +66,19 @@ def calibrate(
     most = rank if total_rank is None else 4 * rank
 
     def solve(names: list[str], moments: Moments, mean: Tensor | None) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
-        for name in names:
-            weight = linears[name].weight
-            mu = None if mean is None else mean.to(weight.device)
-            kept |= lora_branches(moments, mu, weight, most).state(name)
-        return kept
+        weights = {name: linears[name].weight for name in names}
+        mu = None if mean is None else mean.to(weights[names[0]].device)
+        return to_state(lora_branches(moments, mu, weights, most))
 
     found, kept = collector.run(solve)
-    fitted = {name: Branches.from_state(name, kept) for group in found.groups.values() for name in group}
+    fitted = {leader: from_state(group, kept) for leader, group in found.groups.items()}
     ranks = dict.fromkeys(fitted, rank) if total_rank is None else allocate_ranks(fitted, {}, total_rank)
     layers: dict[str, Layer] = {}
-    for leader, group in found.groups.items():
-        for name in group:
-            chosen = min(ranks[name], fitted[name].singular.numel())
-            down, up = fitted[name].factors(chosen) if chosen else (None, None)
+    for leader, group in fitted.items():
+        chosen = min(ranks[leader], group[leader].singular.numel())
+        down = group[leader].down(chosen) if chosen else None
+        for name, fit in group.items():
+            up = None if down is None else fit.up(chosen)
             layers[name] = Layer(
                 (linears[name].out_features, linears[name].in_features),
                 True,
@@ -87,12 +87,12 @@ def calibrate(
                     down, up, found.means[leader] if shift else None, None, compensation, text.get(name, 0)
                 ),
                 found.tokens[name],
-                fitted[name].error(0),
-                fitted[name].error(chosen),
+                fit.error(0),
+                fit.error(chosen),
             )
     others = {name: tokens for name, tokens in found.tokens.items() if name not in layers}
     made = {
-        "tokens": max((branches.rows for branches in fitted.values()), default=0),
+        "tokens": max((group[leader].rows for leader, group in fitted.items()), default=0),
         "calibration_s": round(time.monotonic() - start, 3),
         "torch": torch.__version__,
         "processes": dist.get_world_size() if dist.is_initialized() else 1,

@@ -5,13 +5,17 @@ all tokens is reduced-rank regression: with G = Σzᵀz = L·Lᵀ and D = Σzᵀ
 and the best rank-R one is the truncated SVD of P = L⁻¹·D·Wᵀ mapped back through L⁻ᵀ. Its error is ‖E‖² minus
 the squares of the R singular values kept, so every rank's error is known from one factorisation.
 
+Layers that read one X share A, so that t = z·Aᵀ is computed once for all of them: the same regression on their
+outputs side by side, each in units of its own ‖XWᵀ‖, gives the directions, and the best B of each layer given
+those is its part of the right factor.
+
 Source: reduced-rank regression (Izenman 1975) applied to the branch of RT-Lynx (arXiv 2605.26632).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +30,8 @@ RIDGE = 1e-4  # relative to each channel's own energy: well above what fp32 sums
 class Branches:
     """Every rank's branch of one layer, and its errors.
 
-    directions: (K, R_max), columns of L⁻ᵀ·U.  right: (N, R_max).  singular: (R_max,), descending.
+    directions: (K, R_max), columns of L⁻ᵀ·U, one tensor for all layers of an X.  right: (N, R_max), unit columns.
+    singular: (R_max,), what each direction takes off E; descending where a layer has an X to itself.
     lost: ‖E‖².  energy: ‖XWᵀ‖².  rows: tokens seen.
     """
 
@@ -37,27 +42,13 @@ class Branches:
     energy: float
     rows: int
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """As tensors to keep on disk, under the layer's name; the factors in fp32."""
-        return {
-            f"{name}/directions": self.directions.float().cpu(),
-            f"{name}/right": self.right.float().cpu(),
-            f"{name}/singular": self.singular.cpu(),
-            f"{name}/sums": torch.tensor([self.lost, self.energy, self.rows], dtype=torch.float64),
-        }
+    def down(self, rank: int) -> Tensor:
+        """A (R, K) in fp32, scaled so that the columns of t = z·Aᵀ have unit mean square."""
+        return (self.directions[:, :rank].T * max(self.rows, 1) ** 0.5).float().contiguous()
 
-    @classmethod
-    def from_state(cls, name: str, state: Mapping[str, Tensor]) -> Branches:
-        lost, energy, rows = state[f"{name}/sums"].tolist()
-        directions, right, singular = (state[f"{name}/{key}"] for key in ("directions", "right", "singular"))
-        return cls(directions, right, singular, lost, energy, int(rows))
-
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(A (R, K), B (N, R)) in fp32, scaled so that the columns of t = z·Aᵀ have unit mean square."""
-        root = max(self.rows, 1) ** 0.5
-        down = self.directions[:, :rank].T * root
-        up = self.right[:, :rank] * (self.singular[:rank] / root)
-        return down.float().contiguous(), up.float().contiguous()
+    def up(self, rank: int) -> Tensor:
+        """B (N, R) in fp32, to go with `down`."""
+        return (self.right[:, :rank] * (self.singular[:rank] / max(self.rows, 1) ** 0.5)).float().contiguous()
 
     def error(self, rank: int) -> float:
         """Relative output error ‖Y − Ŷ‖ / ‖Y‖ with a branch of this rank, over the tokens seen."""
@@ -65,25 +56,59 @@ class Branches:
         return (max(left, 0.0) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
 
-def lora_branches(moments: Moments, shift: Tensor | None, weight: Tensor, max_rank: int) -> Branches:
-    """The branches of ranks 0 … max_rank of the layer with this weight (N, K).
+def to_state(branches: Mapping[str, Branches]) -> dict[str, Tensor]:
+    """The layers of one X as tensors to keep on disk; the factors in fp32, the directions once."""
+    leader = next(iter(branches))
+    state = {f"{leader}/directions": branches[leader].directions.float().cpu()}
+    for name, layer in branches.items():
+        state[f"{name}/right"] = layer.right.float().cpu()
+        state[f"{name}/singular"] = layer.singular.cpu()
+        state[f"{name}/sums"] = torch.tensor([layer.lost, layer.energy, layer.rows], dtype=torch.float64)
+    return state
+
+
+def from_state(names: Sequence[str], state: Mapping[str, Tensor]) -> dict[str, Branches]:
+    """The layers of one X, the leader first, from what `to_state` made."""
+    directions = state[f"{names[0]}/directions"]
+    found = {}
+    for name in names:
+        lost, energy, rows = state[f"{name}/sums"].tolist()
+        right, singular = state[f"{name}/right"], state[f"{name}/singular"]
+        found[name] = Branches(directions, right, singular, lost, energy, int(rows))
+    return found
+
+
+def lora_branches(
+    moments: Moments, shift: Tensor | None, weights: Mapping[str, Tensor], max_rank: int
+) -> dict[str, Branches]:
+    """The branches of ranks 0 … max_rank of the layers with these weights (N, K), which read one X.
 
     Raises ValueError when no tokens were seen or the statistics are not finite.
     """
     if moments.rows == 0:
         raise ValueError("the layer saw no tokens; run at least one batch through it")
-    w = weight.detach().double()
     gram, cross, error = moments.gram.double(), moments.cross.double(), moments.error.double()
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise ValueError(
             "the layer's inputs hold NaN or Inf; calibrate in bf16 or fp32, or leave the layer dense"
         )
     lower = torch.linalg.cholesky(_ridged(gram))
-    pruned_output = torch.linalg.solve_triangular(lower, cross @ w.T, upper=False)  # P, (K, N)
-    left, singular, right = _leading(pruned_output, min(max_rank, *w.shape))
+    pruned_outputs, sums = {}, {}  # P (K, N) and (‖E‖², ‖XWᵀ‖²) of each layer
+    for name, weight in weights.items():
+        w = weight.detach().double()
+        pruned_outputs[name] = torch.linalg.solve_triangular(lower, cross @ w.T, upper=False)
+        sums[name] = float(((w @ error) * w).sum()), _energy(moments, shift, w)
+    scaled = [p * sums[name][1] ** -0.5 if sums[name][1] > 0 else p for name, p in pruned_outputs.items()]
+    together = torch.cat(scaled, 1) if len(scaled) > 1 else scaled[0]
+    left = _leading(together, min(max_rank, *together.shape))
     directions = torch.linalg.solve_triangular(lower.T, left, upper=True)
-    lost = float(((w @ error) * w).sum())
-    return Branches(directions, right, singular, lost, _energy(moments, shift, w), moments.rows)
+    branches = {}
+    for name, p in pruned_outputs.items():
+        right = p.T @ left
+        singular = right.norm(dim=0)
+        unit = right / singular.clamp_min(torch.finfo(right.dtype).tiny)
+        branches[name] = Branches(directions, unit, singular, *sums[name], moments.rows)
+    return branches
 
 
 def _ridged(gram: Tensor) -> Tensor:
@@ -92,20 +117,19 @@ def _ridged(gram: Tensor) -> Tensor:
     return gram + torch.diag(RIDGE * energy + 1e-12 * energy.mean() + torch.finfo(gram.dtype).tiny)
 
 
-def _leading(p: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets of P (K, N) from its smaller Gram matrix: U (K, R), σ (R,), V (N, R)."""
+def _leading(p: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors of P (K, N), U (K, R), from its smaller Gram matrix."""
     wide = p.shape[0] > p.shape[1]
-    small = p.T @ p if wide else p @ p.T
-    values, vectors = torch.linalg.eigh(small)
+    values, vectors = torch.linalg.eigh(p.T @ p if wide else p @ p.T)
     vectors = vectors.flip(-1)[:, :rank]
+    if not wide:
+        return vectors
     singular = values.flip(-1)[:rank].clamp_min(0).sqrt()
     # A direction of no energy has no partner; dividing by its σ would make one out of rounding noise.
     inverse = torch.where(
         singular > singular[:1] * 1e-7, 1 / singular.clamp_min(1e-300), torch.zeros_like(singular)
     )
-    if wide:
-        return (p @ vectors) * inverse, singular, vectors
-    return vectors, singular, (p.T @ vectors) * inverse
+    return (p @ vectors) * inverse
 
 
 def _energy(moments: Moments, shift: Tensor | None, w: Tensor) -> float:
@@ -119,29 +143,41 @@ def _energy(moments: Moments, shift: Tensor | None, w: Tensor) -> float:
 
 
 def allocate_ranks(
-    branches: Mapping[str, Branches], weights: Mapping[str, float], total: int, multiple: int = 16
+    groups: Mapping[str, Mapping[str, Branches]],
+    weights: Mapping[str, float],
+    total: int,
+    multiple: int = 16,
 ) -> dict[str, int]:
-    """Ranks that sum to at most `total`, in multiples of `multiple`, with the least weighted error.
+    """A rank for each group of layers that share A; over all layers they sum to at most `total`.
 
-    The error of a layer is its relative squared output error times `weights[name]` (its end-to-end
-    sensitivity; 1 where unknown). Each further step of rank takes off a known, ever smaller amount, so taking
-    the largest first is optimal.
+    Ranks are multiples of `multiple`. The error of a layer is its relative squared output error times
+    `weights[name]` (its end-to-end sensitivity; 1 where unknown). Each further step of a group's rank takes off
+    a known amount at a cost of one step for each of its layers; the largest amount for its cost goes first.
     """
-    ranks = dict.fromkeys(branches, 0)
+    ranks = dict.fromkeys(groups, 0)
     heap: list[tuple[float, str]] = []
 
-    def push(name: str) -> None:
-        layer, rank = branches[name], ranks[name]
-        gain = float(layer.singular[rank : rank + multiple].square().sum())
-        if rank + multiple <= layer.singular.numel() and gain > 0 and layer.energy > 0:
-            heapq.heappush(heap, (-gain / layer.energy * weights.get(name, 1.0), name))
+    def push(leader: str) -> None:
+        rank, group = ranks[leader], groups[leader]
+        if rank + multiple > next(iter(group.values())).singular.numel():
+            return
+        gain = sum(
+            float(layer.singular[rank : rank + multiple].square().sum())
+            / layer.energy
+            * weights.get(name, 1.0)
+            for name, layer in group.items()
+            if layer.energy > 0
+        )
+        if gain > 0:
+            heapq.heappush(heap, (-gain / len(group), leader))
 
-    for name in branches:
-        push(name)
+    for leader in groups:
+        push(leader)
     left = total
-    while heap and left >= multiple:
-        _, name = heapq.heappop(heap)
-        ranks[name] += multiple
-        left -= multiple
-        push(name)
+    while heap:
+        _, leader = heapq.heappop(heap)
+        if (cost := multiple * len(groups[leader])) <= left:
+            ranks[leader] += multiple
+            left -= cost
+            push(leader)
     return ranks

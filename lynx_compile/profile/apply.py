@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import ProfileError
@@ -36,16 +38,16 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
     remove_profile(model)
     linears = linear_layers(model)
     switch = StepSwitch() if profile.dense_steps else None
-    vectors = _Vectors()
+    shared = _Shared()
     for name, layer in profile.layers.items():
         module = linears[name]
-        branch = layer.branch.to(module.weight.device, module.weight.dtype)
+        branch = layer.branch
         attach(
             module,
-            down=branch.down if layer.sparse else None,
+            down=shared(branch.down) if layer.sparse else None,
             up=branch.up if layer.sparse else None,
-            shift=vectors.shared(branch.shift) if layer.sparse else None,
-            score=vectors.shared(branch.score) if layer.sparse else None,
+            shift=shared(branch.shift) if layer.sparse else None,
+            score=shared(branch.score) if layer.sparse else None,
             dense_tokens=branch.dense_tokens if layer.sparse else 0,
             switch=switch if layer.sparse else None,
             decision="sparse" if layer.sparse else "dense",
@@ -117,16 +119,21 @@ def check_fits(model: nn.Module, profile: Profile, *, check_weights: bool = True
         )
 
 
-class _Vectors:
-    """One tensor for equal vectors: layers that read the same X share a sparsify if their shift is one."""
+class _Shared:
+    """One tensor for equal ones: layers that read one X share its sparsify if they hold the same data for it."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, Tensor] = {}
+        self._known: dict[tuple[Any, ...], Tensor] = {}
+        self._seen: dict[int, Tensor] = {}  # by id, of tensors that `_known` or the profile keep alive
 
-    def shared(self, vector: Tensor | None) -> Tensor | None:
-        if vector is None:
+    def __call__(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
             return None
-        return self._known.setdefault(vector.float().cpu().numpy().tobytes(), vector)
+        if id(tensor) not in self._seen:
+            content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            key = tuple(tensor.shape), tensor.dtype, hashlib.sha256(content).digest()
+            self._seen[id(tensor)] = self._known.setdefault(key, tensor)
+        return self._seen[id(tensor)]
 
 
 def _folder(profile: str | Path) -> Path:

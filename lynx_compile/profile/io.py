@@ -46,11 +46,12 @@ def save_profile(profile: Profile, folder: str | Path, dtype: torch.dtype = torc
     for name, layer in profile.layers.items():
         branch = layer.branch
         if branch.down is not None and branch.up is not None:
-            adapter[f"{PREFIX}{name}.lora_A.weight"] = branch.down.to("cpu", dtype).contiguous()
+            # PEFT wants an A for each layer, safetensors no memory twice: layers that share one get copies
+            adapter[f"{PREFIX}{name}.lora_A.weight"] = branch.down.to("cpu", dtype).clone()
             adapter[f"{PREFIX}{name}.lora_B.weight"] = branch.up.to("cpu", dtype).contiguous()
         for kind, vector in (("shift", branch.shift), ("score", branch.score)):
             if vector is not None:
-                vectors[f"{name}.{kind}"] = vector.to("cpu", torch.float32).clone()  # inputs share theirs
+                vectors[f"{name}.{kind}"] = vector.to("cpu", torch.float32).clone()
     contents = {
         ADAPTER: save_tensors(adapter, {"format": "pt"}),
         CONFIG: _dump(_peft_config(profile)),
