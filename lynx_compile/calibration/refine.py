@@ -73,7 +73,7 @@ def _samples(value: Any, index: Tensor, batch: int, name: str = "") -> Any:
 
 @dataclass
 class Factors:
-    """Trainable fp32 copies of branches' A and B; `branches()` gives them back. What shares an A still does."""
+    """Trainable fp32 copies of branches' A and B; `branches()` gives them back, as shared as they were."""
 
     start: Mapping[str, Branch]
     down: dict[str, nn.Parameter] = field(default_factory=dict)

@@ -42,11 +42,11 @@ def calibrate(
 
     Layers that read one X share its shift and their branches' down-projection.
 
-    rank: of every layer's branch, cut to K and to the outputs of the layers that share it.  total_rank: instead,
-    a budget over all layers, spent where it takes off most error (no layer above 4·rank).  shift: prune around
-    each input's mean.  dense_tokens: glob on layer names → leading tokens of each sample that stay dense.
-    steps: denoising steps of one run.  memory: bytes of device memory for statistics.  state: folder from which
-    a killed run goes on.
+    rank: of every layer's branch, cut to K and to the outputs of the layers that share it.  total_rank:
+    instead, a budget over all layers, spent where it takes off most error (no layer above 4·rank).  shift:
+    prune around each input's mean.  dense_tokens: glob on layer names → leading tokens of each sample that
+    stay dense.  steps: denoising steps of one run.  memory: bytes of device memory for statistics.  state:
+    folder from which a killed run goes on.
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.

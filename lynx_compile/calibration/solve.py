@@ -5,9 +5,9 @@ all tokens is reduced-rank regression: with G = Σzᵀz = L·Lᵀ and D = Σzᵀ
 and the best rank-R one is the truncated SVD of P = L⁻¹·D·Wᵀ mapped back through L⁻ᵀ. Its error is ‖E‖² minus
 the squares of the R singular values kept, so every rank's error is known from one factorisation.
 
-Layers that read one X share A, so that t = z·Aᵀ is computed once for all of them: the same regression on their
-outputs side by side, each in units of its own ‖XWᵀ‖, gives the directions, and the best B of each layer given
-those is its part of the right factor.
+Layers that read one X share A, so that t = z·Aᵀ is computed once for all of them: the same regression on
+their outputs side by side, each in units of its own ‖XWᵀ‖, gives the directions, and the best B of each layer
+given those is its part of the right factor.
 
 Source: reduced-rank regression (Izenman 1975) applied to the branch of RT-Lynx (arXiv 2605.26632).
 """
@@ -30,8 +30,8 @@ RIDGE = 1e-4  # relative to each channel's own energy: well above what fp32 sums
 class Branches:
     """Every rank's branch of one layer, and its errors.
 
-    directions: (K, R_max), columns of L⁻ᵀ·U, one tensor for all layers of an X.  right: (N, R_max), unit columns.
-    singular: (R_max,), what each direction takes off E; descending where a layer has an X to itself.
+    directions: (K, R_max), columns of L⁻ᵀ·U, one tensor for all layers of an X.  right: (N, R_max), of unit
+    columns.  singular: (R_max,), what each direction takes off E; descending for the only layer of an X.
     lost: ‖E‖².  energy: ‖XWᵀ‖².  rows: tokens seen.
     """
 
@@ -151,8 +151,8 @@ def allocate_ranks(
     """A rank for each group of layers that share A; over all layers they sum to at most `total`.
 
     Ranks are multiples of `multiple`. The error of a layer is its relative squared output error times
-    `weights[name]` (its end-to-end sensitivity; 1 where unknown). Each further step of a group's rank takes off
-    a known amount at a cost of one step for each of its layers; the largest amount for its cost goes first.
+    `weights[name]` (its end-to-end sensitivity; 1 where unknown). Each further step of a group's rank takes
+    off a known amount at a cost of one step for each of its layers; the largest for its cost goes first.
     """
     ranks = dict.fromkeys(groups, 0)
     heap: list[tuple[float, str]] = []

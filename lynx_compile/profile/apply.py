@@ -120,7 +120,7 @@ def check_fits(model: nn.Module, profile: Profile, *, check_weights: bool = True
 
 
 class _Shared:
-    """One tensor for equal ones: layers that read one X share its sparsify if they hold the same data for it."""
+    """One tensor for equal ones: layers that read one X share its sparsify if they hold one's data."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Tensor] = {}
