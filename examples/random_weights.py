@@ -25,12 +25,7 @@ def denoise(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = resolve(name)
     if blocks is not None:
-        counts = [
-            key
-            for key in known.full_config()
-            if key.endswith(("num_layers", "num_single_layers", "n_layers"))
-        ]
-        known = replace(known, config={**known.config, **dict.fromkeys(counts, blocks)})
+        known = replace(known, config={**known.config, **known.block_counts(blocks)})
     with console.status("creating random weights"):
         transformer = known.build(device)
     switch_on(transformer)

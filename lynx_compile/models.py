@@ -185,6 +185,11 @@ class Resolved:
 
         return INPUTS[self.transformer](self.full_config(), step or self.step, make)
 
+    def block_counts(self, blocks: int) -> dict[str, int]:
+        """Overrides of the config for this many blocks of each kind: the same layers, a smaller model."""
+        counts = ("num_layers", "num_single_layers", "n_layers")
+        return dict.fromkeys((key for key in self.full_config() if key.endswith(counts)), blocks)
+
     def full_config(self) -> dict[str, Any]:
         """The config with the class's defaults filled in."""
         parameters = inspect.signature(transformer_class(self.transformer).__init__).parameters.values()

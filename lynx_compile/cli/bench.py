@@ -1,10 +1,10 @@
-"""`rt-lynx bench`: kernels and denoising steps, measured here."""
+"""`rt-lynx bench`: kernels, layers, denoising steps and starts, measured here."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,15 @@ TABLE_WIDTH = 140  # columns; narrower terminals and pipes would cut the figures
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
-    help="Measure GEMMs and denoising steps against what else can be switched on.",
+    help="Measure GEMMs, layers, denoising steps and starts against what else can be switched on.",
 )
 
+Model = Annotated[
+    list[str] | None, typer.Option(help="flux, qwen-image, z-image or any other known model; repeatable.")
+]
+Rank = Annotated[int, typer.Option(min=16, max=256, help="Rank of the LoRA branch.")]
+Json = Annotated[Path | None, typer.Option(help="Write the figures here.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a bar chart here.")]
 Commit = Annotated[str | None, typer.Option(envvar="LYNX_COMMIT", help="What to record as the commit.")]
 
 
@@ -37,22 +43,19 @@ def gemm(
     shapes: Annotated[
         Shapes, typer.Option(help="The paper's squares, a DiT's layers, or both.")
     ] = Shapes.all,
-    rank: Annotated[int, typer.Option(min=16, max=256, help="Rank of the LoRA branch.")] = 64,
+    rank: Rank = 64,
     seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 0.3,
     chains: Annotated[bool, typer.Option(help="Also producers fused into the layer.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a bar chart here.")] = None,
+    json: Json = None,
+    plot: Plot = None,
     commit: Commit = None,
 ) -> None:
     """Linear layers: sparsify + norm + LoRA + sparse GEMM against cuBLAS, PyTorch, cuSPARSELt and fp8."""
-    from rich.console import Console
-
     from ..bench import gemm as measurements
     from ..bench import report
     from ..results import device_name, write_results
 
-    console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
+    console = _console()
     chosen = {
         Shapes.all: measurements.PAPER_SHAPES + measurements.DIT_SHAPES,
         Shapes.paper: measurements.PAPER_SHAPES,
@@ -68,57 +71,88 @@ def gemm(
                 progress=status.update,
             )
     except RuntimeError as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from error
+        raise _failure(console, error) from error
     report.show(result, console)
     if json is not None:
         details = {key: value for key, value in result.items() if key != "rows"}
-        write_results(json, result["rows"], **details, **({"commit": commit} if commit else {}))
+        write_results(json, result["rows"], **details, **_recorded(commit))
     if plot is not None:
         report.plot({**result, "device": device_name()}, plot)
 
 
 @app.command()
+def layers(
+    model: Model = None,
+    resolution: Annotated[int, typer.Option(help="Side in pixels.")] = 1024,
+    rank: Rank = 64,
+    seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 0.3,
+    json: Json = None,
+    plot: Plot = None,
+    commit: Commit = None,
+) -> None:
+    """Every kind of linear layer of production models, alone: dense and through the backend."""
+    from ..bench import layers as measurements
+    from ..bench import layers_report
+    from ..bench.step import MODELS
+    from ..results import device_name, write_results
+
+    console = _console()
+    try:
+        with console.status("tracing") as status:
+            result = measurements.run(
+                tuple(model or MODELS),
+                resolution=resolution,
+                rank=rank,
+                seconds=seconds,
+                progress=status.update,
+            )
+    except (ValueError, RuntimeError) as error:
+        raise _failure(console, error) from error
+    layers_report.show(result, console)
+    if json is not None:
+        details = {key: value for key, value in result.items() if key != "rows"}
+        write_results(json, result["rows"], **details, **_recorded(commit))
+    if plot is not None:
+        layers_report.plot(result, plot, device_name())
+
+
+@app.command()
 def step(
-    model: Annotated[
-        list[str] | None, typer.Option(help="flux, qwen-image, z-image or any other known model; repeatable.")
-    ] = None,
+    model: Model = None,
     resolution: Annotated[list[int] | None, typer.Option(help="Side in pixels; repeatable.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Samples in one step; repeatable.")] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="What to compare; repeatable. --backend list shows the names.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=16, max=256, help="Rank of the LoRA branch.")] = 64,
+    rank: Rank = 64,
     seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 1.0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Write stacked bars here.")] = None,
     commit: Commit = None,
 ) -> None:
-    """One denoising step at production geometry (random weights): eager, Inductor, fp8, rt_lynx."""
-    import logging
+    """One denoising step at production geometry (random weights): eager, Inductor, fp8, rt_lynx.
 
-    import torch
-    from rich.console import Console
+    With several resolutions or batches each backend compiles once, for dynamic shapes.
+    """
+    import logging
 
     from ..bench import step as measurements
     from ..bench import step_report
     from ..results import device_name, write_results
 
-    console = Console()
+    console = _console()
     if backend == ["list"]:
         console.print("\n".join(measurements.BACKENDS))
         return
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        console.print("[red]nothing to measure here: torch sees no CUDA device[/red]")
-        raise typer.Exit(1)
+    _need_gpu(console)
     rows: list[dict[str, object]] = []
 
     def keep(measured: list[dict[str, object]]) -> None:
-        """After each model, so that an interrupted run leaves what it has."""
+        """After each backend and round, so that an interrupted run leaves what it has."""
         rows[:] = measured
         if json is not None:
-            write_results(json, rows, **({"commit": commit} if commit else {}))
+            write_results(json, rows, **_recorded(commit))
 
     try:
         measurements.run(
@@ -132,10 +166,65 @@ def step(
             keep=keep,
         )
     except (ValueError, RuntimeError) as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from error
+        raise _failure(console, error) from error
     finally:
         if rows:
             step_report.show(rows, console)
     if plot is not None:
         step_report.plot(rows, plot, device_name())
+
+
+@app.command()
+def start(
+    model: Annotated[str, typer.Option(help="flux, qwen-image, z-image or any other known model.")] = "flux",
+    backend: Annotated[
+        list[str] | None, typer.Option(help="What to compare, as in bench step; repeatable.")
+    ] = None,
+    rank: Rank = 64,
+    blocks: Annotated[int | None, typer.Option(help="Fewer blocks of each kind.")] = None,
+    json: Json = None,
+    commit: Commit = None,
+) -> None:
+    """How long compiling keeps a process from its first step: with nothing cached, then a second time."""
+    from ..bench import layers_report
+    from ..bench import start as measurements
+    from ..bench.backends import BACKENDS
+    from ..results import write_results
+
+    console = _console()
+    _need_gpu(console)
+    chosen = backend or ["inductor", "rt_lynx"]
+    unknown = [name for name in chosen if name not in BACKENDS]
+    if unknown:
+        raise _failure(console, f"unknown backend {unknown[0]!r}; one of {', '.join(BACKENDS)}")
+    try:
+        rows = measurements.run(model, chosen, rank=rank, blocks=blocks, progress=console.print)
+    except (ValueError, RuntimeError) as error:
+        raise _failure(console, error) from error
+    layers_report.show_start(rows, console)
+    if json is not None:
+        write_results(json, rows, **_recorded(commit))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
+
+
+def _need_gpu(console: Any) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise _failure(console, "nothing to measure here: torch sees no CUDA device")
+
+
+def _failure(console: Any, error: object) -> typer.Exit:
+    console.print(f"[red]{error}[/red]")
+    return typer.Exit(1)
+
+
+def _recorded(commit: str | None) -> dict[str, str]:
+    return {"commit": commit} if commit else {}

@@ -1,0 +1,106 @@
+"""How soon a process takes its first step, with nothing cached and with everything cached.
+
+Each figure is a process of its own (`python -m lynx_compile.bench.start …`), as a user's restart is. Both
+processes of a backend share one fresh folder for the caches of Inductor, Triton and the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+STEADY = 3  # steps after the first, the last of which counts
+
+
+def run(
+    model: str,
+    backends: Sequence[str],
+    *,
+    rank: int,
+    blocks: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Start two processes a backend; rows of {model, backend, cold_s, warm_s, faster, step_ms}.
+
+    cold_s, warm_s: first step less a later one, of the first and of the second process: tracing, compiling
+    or loading. blocks: of each kind; None for all. Raises RuntimeError when a process fails.
+    """
+    rows = []
+    for backend in backends:
+        with tempfile.TemporaryDirectory() as folder:
+            cold, warm = (
+                _process(model, backend, rank, blocks, folder, progress) for _ in ("first", "second")
+            )
+        rows.append(
+            {
+                "model": model,
+                "backend": backend,
+                "cold_s": cold["compile_s"],
+                "warm_s": warm["compile_s"],
+                "faster": round(cold["compile_s"] / warm["compile_s"], 2),
+                "step_ms": warm["step_ms"],
+                "cache_hits": warm["cache_hits"],
+            }
+        )
+    return rows
+
+
+def _process(
+    model: str, backend: str, rank: int, blocks: int | None, folder: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
+        "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
+        "LYNX_CACHE_DIR": str(Path(folder) / "lynx"),
+    }
+    what = json.dumps({"model": model, "backend": backend, "rank": rank, "blocks": blocks})
+    command = [sys.executable, "-m", "lynx_compile.bench.start", what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"a process with backend {backend} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    progress(f"{model}: {backend}: {found['compile_s']:.1f} s")
+    return found
+
+
+def first_step(model: str, backend: str, rank: int, blocks: int | None) -> dict[str, Any]:
+    """In a process of its own: compile and take the first steps of a model."""
+    import torch
+    from torch.nn.attention import sdpa_kernel
+
+    from ..models import resolve
+    from . import step as measurements
+    from .backends import BACKENDS, switch_on
+
+    known = resolve(model)
+    if blocks is not None:
+        known = replace(known, config={**known.config, **known.block_counts(blocks)})
+    transformer = known.build("cuda")
+    inputs = known.inputs(known.step, "cuda")
+    switch_on(transformer, BACKENDS[backend], rank)
+    with sdpa_kernel(measurements.ATTENTION, set_priority=True):
+        seconds = [measurements.first_call_s(transformer, inputs) for _ in range(1 + STEADY)]
+    hits = {
+        name: int(torch._dynamo.utils.counters[group][counter])
+        for name, group, counter in (
+            ("aot", "aot_autograd", "autograd_cache_hit"),
+            ("inductor", "inductor", "fxgraph_cache_hit"),
+        )
+    }
+    return {
+        "compile_s": round(seconds[0] - seconds[-1], 2),
+        "step_ms": round(seconds[-1] * 1e3, 2),
+        "cache_hits": hits,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_step(**json.loads(sys.argv[1]))))
