@@ -51,8 +51,8 @@ def test_split_reads_the_profiler():
 
 
 def test_branches_go_where_tokens_go():
-    model, _ = zoo.build("FluxTransformer2DModel")
-    attached = backends.attach_random_branches(model, 16)
+    model, inputs = zoo.build("FluxTransformer2DModel")
+    attached = backends.attach_random_branches(model, 16, inputs)
     carrying = {name for name, m in model.named_modules() if isinstance(m, LynxLinear)}
     assert len(carrying) == attached
     assert "transformer_blocks.0.attn.to_q" in carrying
@@ -61,6 +61,9 @@ def test_branches_go_where_tokens_go():
     layer = model.transformer_blocks[0].ff.net[2]
     assert layer.lynx_down.shape == (16, layer.in_features)
     assert layer.lynx_up.shape == (layer.out_features, 16)
+    single, double = model.single_transformer_blocks[0], model.transformer_blocks[0]
+    assert single.attn.to_q.lynx_down is single.attn.to_v.lynx_down is single.proj_mlp.lynx_down
+    assert double.attn.to_q.lynx_down is not double.ff.net[0].proj.lynx_down
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -70,7 +73,7 @@ def test_sparse_share_counts_every_block(everything):
     with torch.no_grad():
         dense = model(**inputs, return_dict=False)[0]
         step.clear_report()
-        with backends.switched_on(model, backend, 16):
+        with backends.switched_on(model, backend, 16, inputs):
             sparse = model(**inputs, return_dict=False)[0]
             share = step.sparse_share(model, inputs)
         again = model(**inputs, return_dict=False)[0]

@@ -1,6 +1,6 @@
 """What a user can switch on for a transformer, and switching between several on one model.
 
-    with switched_on(model, BACKENDS["rt_lynx"], rank=64):
+    with switched_on(model, BACKENDS["rt_lynx"], rank=64, inputs=inputs):
         model(**inputs)
 
 Backends that are measured against each other stay compiled side by side: `State` holds what one of them put
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.statistics import Hooks, Readers
 from ..layers import LynxLinear, attach, detach
 from ..regional import compile_blocks
 
@@ -70,27 +71,33 @@ BACKENDS = {
 
 
 @contextmanager
-def switched_on(model: nn.Module, backend: Backend, rank: int, dynamic: bool | None = None) -> Iterator[None]:
+def switched_on(
+    model: nn.Module, backend: Backend, rank: int, inputs: Mapping[str, Any], dynamic: bool | None = None
+) -> Iterator[None]:
     """The model's repeated blocks under a backend; plain eager modules again at the end.
 
     A model that fp8 has quantised stays quantised.
     """
     try:
-        switch_on(model, backend, rank, dynamic)
+        switch_on(model, backend, rank, inputs, dynamic)
         yield
     finally:
         switch_off(model)
 
 
-def switch_on(model: nn.Module, backend: Backend, rank: int, dynamic: bool | None = None) -> None:
+def switch_on(
+    model: nn.Module, backend: Backend, rank: int, inputs: Mapping[str, Any], dynamic: bool | None = None
+) -> None:
     """Put a backend onto the repeated blocks of a model in eager mode; they compile on their first call.
+
+    inputs: of one step, from which it is seen which layers read the same tensor.
 
     Raises RuntimeError when the backend needs a package that is not installed.
     """
     if backend.fp8:
         _quantize_fp8(model)
     if backend.lora:
-        attach_random_branches(model, rank)
+        attach_random_branches(model, rank, inputs)
     if backend.lynx:
         skip = PAPER_SKIPS.get(type(model).__name__, ()) if backend.paper else ()
         only = ["*"] if backend.everything else []
@@ -146,27 +153,35 @@ def _lynx(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name.startswith("lynx_")}
 
 
-def attach_random_branches(model: nn.Module, rank: int, seed: int = 0) -> int:
+def attach_random_branches(model: nn.Module, rank: int, inputs: Mapping[str, Any], seed: int = 0) -> int:
     """A random LoRA branch on every linear layer of the repeated blocks that tokens go through.
 
-    Layers that stay dense ignore theirs. Returns how many were attached.
+    As in a calibrated profile, layers that read the same tensor share A; an eager step on `inputs` tells
+    which do. Layers that stay dense ignore theirs. Returns how many were attached.
     """
     kinds: Any = model._repeated_blocks
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     linears = {
-        module: None
-        for block in blocks
+        f"{path}.{name}": module
+        for path, block in model.named_modules()
+        if type(block).__name__ in kinds
         for name, module in block.named_modules()
         if type(module) is nn.Linear and "mod" not in name.lower() and "norm" not in name.lower()
     }
+    readers = Readers()
+    with torch.no_grad(), Hooks(model, linears, readers.see, readers.end_of_call):
+        model(**inputs)
     torch.manual_seed(seed)
-    for module in linears:
-        n, k = module.weight.shape
-        device, dtype = module.weight.device, module.weight.dtype
-        down = torch.randn(rank, k, device=device, dtype=dtype) / k**0.5
-        up = torch.randn(n, rank, device=device, dtype=dtype) * (0.01 / rank**0.5)
-        attach(module, down=down, up=up)
-    return len(linears)
+    attached = 0
+    for group in readers.groups().values():
+        weight = linears[group[0]].weight
+        down = torch.randn(rank, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        down /= weight.shape[1] ** 0.5
+        for name in group:
+            n = linears[name].out_features
+            up = torch.randn(n, rank, device=weight.device, dtype=weight.dtype) * (0.01 / rank**0.5)
+            attach(linears[name], down=down, up=up)
+        attached += len(group)
+    return attached
 
 
 def _quantize_fp8(model: nn.Module) -> None:

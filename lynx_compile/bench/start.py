@@ -85,7 +85,7 @@ def first_step(model: str, backend: str, rank: int, blocks: int | None) -> dict[
         known = replace(known, config={**known.config, **known.block_counts(blocks)})
     transformer = known.build("cuda")
     inputs = known.inputs(known.step, "cuda")
-    switch_on(transformer, BACKENDS[backend], rank)
+    switch_on(transformer, BACKENDS[backend], rank, inputs)
     with sdpa_kernel(measurements.ATTENTION, set_priority=True):
         seconds = [measurements.first_call_s(transformer, inputs) for _ in range(1 + STEADY)]
     hits = {

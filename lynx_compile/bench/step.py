@@ -183,7 +183,8 @@ class Comparison:
         others = before if backend.fp8 else before - self.model_bytes
         clear_report()
         graphs = compiled_graphs()
-        switch_on(model, backend, self.rank, dynamic=True if len(self.inputs) > 1 else None)
+        first = next(iter(self.inputs.values()))
+        switch_on(model, backend, self.rank, first, dynamic=True if len(self.inputs) > 1 else None)
         rival = Rival(backend, model, State.of(model))
         for point, inputs in self.inputs.items():
             first_s = first_call_s(model, inputs)

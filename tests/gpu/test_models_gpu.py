@@ -36,7 +36,7 @@ def test_kernels_give_the_emulated_picture(name, lora):
     model = torch.nn.Module.cuda(model)
     inputs = {key: on_device(value) for key, value in inputs.items()}
     if lora:
-        attach_random_branches(model, 16)
+        attach_random_branches(model, 16, inputs)
     dense = output(model, inputs)
     pictures = []
     for emulate in (False, True):
