@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lynx_compile.calibration import Inputs, calibrate, emulate
-from lynx_compile.calibration.choose import Choice, Chooser, Cost, front, pick
+from lynx_compile.calibration.choose import Choice, Chooser, Way, apply_choice, chooser_for, front, pick
+from lynx_compile.calibration.costs import Costs, costs_of
 from lynx_compile.calibration.refine import (
     distill_jointly,
     distill_layers,
@@ -24,7 +25,8 @@ from lynx_compile.calibration.refine import (
 from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
 from lynx_compile.calibration.solve import allocate_ranks, lora_branches
 from lynx_compile.calibration.statistics import Moments
-from lynx_compile.profile import Branch
+from lynx_compile.calibration.text_rows import joint_text_rows
+from lynx_compile.profile import Branch, Layer
 from lynx_compile.runtime import semantics
 
 
@@ -300,44 +302,99 @@ def test_sensitivity_by_layer_class_and_block() -> None:
 
 def test_front_is_that_of_trying_every_set() -> None:
     generator = torch.Generator().manual_seed(3)
-    values = torch.rand(2, 9, generator=generator).tolist()
-    names = [f"layer{i}" for i in range(9)]
-    costs = {name: Cost(2 * saved, saved) for name, saved in zip(names, values[0], strict=True)}
-    errors = dict(zip(names, values[1], strict=True))
-    points = front(costs, errors, 20, {0: 1.0})
-    whole = sum(cost.dense for cost in costs.values())
+    saved, square, part, part_square = torch.rand(4, 7, generator=generator).tolist()
+    names = [f"layer{i}" for i in range(7)]
+    # Each layer may run sparse whole, or with its text rows dense: it saves less and costs less.
+    ways = {
+        name: {0: Way(s, e), 8: Way(s * p, e * q)}
+        for name, s, e, p, q in zip(names, saved, square, part, part_square, strict=True)
+    }
+    whole = 2 * sum(saved)
+    points = front(ways, whole, 20, {0: 1.0})
+    every = [
+        [(0.0, 0.0), *((way.saved, way.square) for way in options.values())] for options in ways.values()
+    ]
+    sums = [tuple(map(sum, zip(*chosen, strict=True))) for chosen in itertools.product(*every)]
     for speed in (1.05, 1.2, 1.5, 1.8):
-        best = min(
-            sum(errors[n] for n in chosen) ** 0.5
-            for size in range(10)
-            for chosen in itertools.combinations(names, size)
-            if whole / (whole - sum(costs[n].dense - costs[n].sparse for n in chosen)) >= speed
+        best = min(error for time, error in sums if whole / (whole - time) >= speed) ** 0.5
+        chosen = pick(points, speed=speed)
+        assert chosen.error <= best * 1.02
+        assert chosen.time == pytest.approx(
+            1 - sum(ways[name][tokens].saved for name, tokens in chosen.sparse.items()) / whole
         )
-        assert pick(points, speed=speed).error <= best * 1.02
     with pytest.raises(ValueError, match="no choice reaches"):
         pick(points, speed=3.0)
-    assert pick(points, max_error=0.0).sparse == frozenset()
+    assert pick(points, max_error=0.0).sparse == {}
+
+
+def test_harmless_layers_are_always_taken() -> None:
+    ways = {"big": {0: Way(1.0, 1.0)}, "small": {0: Way(1e-6, 0.0)}}
+    assert pick(front(ways, 2.0, 20, {0: 1.0}), speed=1.9).sparse == {"big": 0, "small": 0}
 
 
 def test_dense_steps_are_taken_where_they_pay() -> None:
-    costs, errors = {"a": Cost(1.0, 0.5), "b": Cost(1.0, 0.5)}, {"a": 1.0, "b": 1.0}
-    assert pick(front(costs, errors, 20, {0: 1.0, 1: 0.01}), speed=1.8).dense_steps == 1
+    ways = {name: {0: Way(0.5, 1.0)} for name in "ab"}
+    assert pick(front(ways, 2.0, 20, {0: 1.0, 1: 0.01}), speed=1.8).dense_steps == 1
     # 19 of 20 steps sparse are 1.9 times as fast: too slow here, whatever they would save.
-    assert pick(front(costs, errors, 20, {0: 1.0, 1: 0.01}), speed=1.95).dense_steps == 0
+    assert pick(front(ways, 2.0, 20, {0: 1.0, 1: 0.01}), speed=1.95).dense_steps == 0
+
+
+def test_costs_count_dense_rows_as_dense() -> None:
+    workload = make_workload(2)
+    profile = calibrate(workload, rank=16, quiet=True)
+    costs = costs_of(profile, workload.model, "flops", {"blocks.0.to_q": 6})
+    layer = 24 * 64 * 64
+    assert costs.dense_time == 7 * layer
+    assert costs.saved["blocks.0.to_q"] == layer / 2
+    assert costs.rows_saved == {"blocks.0.to_q": layer / 2 * 18 / 24}
+    profile.layers = {"wide": Layer((12288, 3072), True, "", tokens=4608)}
+    predicted = costs_of(profile, workload.model, "h200", {"wide": 512})
+    assert 0 < predicted.rows_saved["wide"] < predicted.saved["wide"] < predicted.dense_time
+
+
+def test_text_rows_of_a_joint_sequence() -> None:
+    workload = make_workload(1)
+    study = Sensitivity(workload, quiet=True)
+    assert joint_text_rows(study, ["blocks.0.to_q"]) == {}
+    assert joint_text_rows(study, ["blocks.0.to_q", "blocks.1.to_q"], {"blocks.1.*": 6}) == {
+        "blocks.1.to_q": 6
+    }
 
 
 def test_choice_is_measured_and_fits_the_error() -> None:
     workload = make_workload(2)
-    layers = {f"blocks.{i}.{name}": Branch() for i in range(2) for name in ("to_q", "to_k", "to_out")}
+    profile = calibrate(workload, rank=16, steps=1, quiet=True)
     study = Sensitivity(workload, quiet=True)
-    squares = {name: effect.sample**2 for name, effect in study.measure(layers, "layer").items()}
-    everything = study.sample(layers)
-    chooser = Chooser(study, layers, {n: Cost(2.0, 1.0) for n in layers}, squares, {0: 1.0}, 1)
+    branches = {name: layer.branch for name, layer in profile.layers.items()}
+    everything = study.sample(branches)
+    chooser = chooser_for(study, profile, branches, "flops", text_rows={"blocks.0.to_q": 12})
     told: list[Choice] = []
     choice = chooser.choose(max_error=0.7 * everything, note=told.append)
     assert choice in told
     assert 0 < choice.measured <= 0.7 * everything
-    assert 0 < len(choice.sparse) < len(layers)
+    assert 0 < len(choice.sparse) < len(branches)
+    effects = profile.layers["blocks.0.to_q"].sensitivity
+    assert 0 < effects["sample_text_dense"] < effects["sample"]
+    chooser.squares["blocks.0.to_q"] = {0: 1e9, 12: 0.0}
+    chooser.step_factors = {0: 1.0}
+    with_text = chooser.measure(pick(chooser.points(), speed=1.05))
+    assert with_text.sparse["blocks.0.to_q"] == 12
+    apply_choice(profile, with_text)
+    assert profile.layers["blocks.0.to_q"].branch.dense_tokens == 12
+    assert profile.layers["blocks.0.to_k"].branch.dense_tokens == 0
+
+
+def test_marginal_effects_correct_every_way_of_a_layer() -> None:
+    workload = make_workload(2)
+    study = Sensitivity(workload, quiet=True)
+    layers = {name: {0: Branch(), 4: Branch(dense_tokens=4)} for name in ("blocks.0.to_q", "blocks.0.to_out")}
+    costs = Costs(4.0, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 0.5))
+    chooser = Chooser(study, layers, costs, {name: {0: 1.0, 4: 0.5} for name in layers}, {0: 1.0}, 1)
+    chooser.marginals(Choice(dict.fromkeys(layers, 0), 0, 0.5, 1.0))
+    both = study.sample({name: Branch() for name in layers}) ** 2
+    alone = study.sample({"blocks.0.to_out": Branch()}) ** 2
+    assert chooser.squares["blocks.0.to_q"][0] == pytest.approx(both - alone, rel=1e-5)
+    assert chooser.squares["blocks.0.to_q"][4] == pytest.approx((both - alone) / 2, rel=1e-5)
 
 
 def test_training_recipes_lower_their_losses() -> None:

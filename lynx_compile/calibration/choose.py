@@ -1,10 +1,10 @@
-"""Which layers and which first steps stay dense: least error at a speed, or least time within an error.
+"""What stays dense, layers, text rows of joint sequences, first steps: least error at a speed or the reverse.
 
 Squared errors of the final sample add up over layers to a good approximation (interactions are checked: the
 chosen set is measured as a whole, every member's marginal effect within it is measured, and the problem is
-solved again with those). A layer costs its predicted time; one knapsack over time saved gives the whole
-Pareto front. Dense first steps scale both: n of T dense steps leave (T − n)/T of the saving and a measured
-share of the error.
+solved again with those). A layer runs sparse in one of several ways, each with the time it saves; one
+knapsack over time saved gives the whole Pareto front. Dense first steps scale both: n of T dense steps leave
+(T − n)/T of the saving and a measured share of the error.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import nn
 
-from ..cost import predict
-from ..profile.fingerprint import linear_layers
+from ..profile.branch import Branch
 from ..profile.format import Profile
+from .costs import Costs, costs_of
 from .emulation import Forward
 from .sensitivity import Sensitivity
 
@@ -26,22 +25,26 @@ BUCKETS = 2000  # of time saved; finer than any cost model is true
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Predicted time of one layer, dense and sparse, in any one unit."""
+class Way:
+    """One way to run a layer sparse: time saved, and squared error of the final sample."""
 
-    dense: float
-    sparse: float
+    saved: float
+    square: float
+
+
+Ways = Mapping[str, Mapping[int, Way]]  # layer → leading tokens of each sample that stay dense → way
 
 
 @dataclass(frozen=True)
 class Choice:
     """One point of the front: sparse layers, dense first steps, and what is expected of them.
 
-    time: of all linear layers over a run, relative to all dense.  error: expected relative error of the final
-    sample.  measured: the same, measured; None before.
+    sparse: layer → leading tokens of each sample that stay dense in it, 0 for none.  time: of all linear
+    layers over a run, relative to all dense.  error: expected relative error of the final sample.
+    measured: the same, measured; None before.
     """
 
-    sparse: frozenset[str]
+    sparse: Mapping[str, int]
     dense_steps: int
     time: float
     error: float
@@ -52,96 +55,54 @@ class Choice:
         return 1 / self.time
 
 
-def flops_costs(profile: Profile) -> dict[str, Cost]:
-    """Costs where only FLOPs count: a sparse layer takes half."""
-    return {
-        name: Cost(flops := float(layer.tokens * layer.shape[0] * layer.shape[1]), flops / 2)
-        for name, layer in profile.layers.items()
-    }
+def front(ways: Ways, dense_time: float, steps: int, step_factors: Mapping[int, float]) -> list[Choice]:
+    """The Pareto front, from all dense to the fastest.
 
-
-def device_costs(
-    profile: Profile, device: str, batch: int = 1, tokens: Mapping[str, int] | None = None
-) -> dict[str, Cost]:
-    """Costs from the measured table of a device (`lynx_compile.cost.devices()`), in ms.
-
-    batch: samples in one call.  tokens: layer → tokens of one sample, where other than in the calibration.
+    dense_time: of all linear layers, also those that are never sparse.  step_factors: n → what is left of the
+    squared error when the first n of `steps` steps run dense (0 → 1).
     """
-    costs = {}
-    for name, layer in profile.layers.items():
-        m = batch * (tokens or {}).get(name, layer.tokens)
-        predicted = predict(device, m, *layer.shape, rank=layer.branch.rank)
-        costs[name] = Cost(predicted.dense_ms, predicted.sparse_ms)
-    return costs
-
-
-def costs_of(profile: Profile, model: nn.Module, costs: str) -> tuple[dict[str, Cost], float]:
-    """(cost of each layer of the profile, time of the linear layers that are never sparse).
-
-    costs: "flops", or a device of `lynx_compile.cost.devices()`.
-    """
-    linears = linear_layers(model)
-    others = {
-        name: (tokens, linears[name].weight.shape) for name, tokens in profile.studies["other_tokens"].items()
-    }
-    if costs == "flops":
-        return flops_costs(profile), float(sum(m * n * k for m, (n, k) in others.values()))
-    other_time = sum(predict(costs, m, n, k).dense_ms for m, (n, k) in others.values())
-    return device_costs(profile, costs), other_time
-
-
-def front(
-    costs: Mapping[str, Cost],
-    squared_errors: Mapping[str, float],
-    steps: int,
-    step_factors: Mapping[int, float],
-    other_time: float = 0.0,
-) -> list[Choice]:
-    """The Pareto front, from all dense to all sparse.
-
-    squared_errors: layer → its squared error.  step_factors: n → what is left of the squared error when the
-    first n of `steps` steps run dense (0 → 1).  other_time: of linear layers that are never sparse.
-    """
-    names = [name for name, cost in costs.items() if cost.sparse < cost.dense]
-    dense_time = sum(cost.dense for cost in costs.values()) + other_time
-    savings = np.array([costs[name].dense - costs[name].sparse for name in names])
-    errors = np.array([max(squared_errors[name], 0.0) for name in names])
-    sets = _knapsack(savings, errors)
-    choices = [Choice(frozenset(), 0, 1.0, 0.0)]
-    for n, factor in sorted(step_factors.items()):
-        share = (steps - n) / steps
-        for members in sets:
-            saved = float(savings[members].sum()) * share
-            error = (float(errors[members].sum()) * factor) ** 0.5
-            choices.append(Choice(frozenset(names[i] for i in members), n, 1 - saved / dense_time, error))
+    names = [name for name, options in ways.items() if any(way.saved > 0 for way in options.values())]
+    options = [[(t, way) for t, way in ways[name].items() if way.saved > 0] for name in names]
+    choices = [Choice({}, 0, 1.0, 0.0)]
+    sets = _knapsack([[way for _, way in option] for option in options])
+    for members in sets:
+        taken = [(names[i], *options[i][way]) for i, way in members]
+        saved = sum(way.saved for _, _, way in taken)
+        square = sum(max(way.square, 0.0) for _, _, way in taken)
+        sparse = {name: tokens for name, tokens, _ in sorted(taken, key=lambda entry: entry[0])}
+        for n, factor in step_factors.items():
+            time = 1 - saved * (steps - n) / steps / dense_time
+            choices.append(Choice(sparse, n, time, (square * factor) ** 0.5))
     return _undominated(choices)
 
 
-def _knapsack(savings: np.ndarray, errors: np.ndarray) -> list[list[int]]:
-    """For each level of time saved the set of least squared error that saves it, exact on the buckets."""
-    if not len(savings):
+def _knapsack(groups: list[list[Way]]) -> list[list[tuple[int, int]]]:
+    """For each level of time saved the (layer, way) pairs of least squared error that save it, on buckets."""
+    if not groups:
         return []
-    total = float(savings.sum())
+    total = sum(max(way.saved for way in group) for group in groups)
     # Rounded down, so that no set saves less than its bucket says.
-    weights = np.floor(savings / total * BUCKETS).astype(int)
+    weights = [[int(way.saved / total * BUCKETS) for way in group] for group in groups]
     least = np.full(BUCKETS + 1, np.inf)
     least[0] = 0.0
-    taken = np.zeros((len(savings), BUCKETS + 1), dtype=bool)
-    for i, (weight, error) in enumerate(zip(weights, errors, strict=True)):
-        candidate = np.full_like(least, np.inf)
-        candidate[weight:] = least[: BUCKETS + 1 - weight] + error
-        taken[i] = candidate < least
-        least = np.where(taken[i], candidate, least)
+    taken = np.full((len(groups), BUCKETS + 1), -1, dtype=np.int8)
+    for i, group in enumerate(groups):
+        best = least.copy()
+        for w, way in enumerate(group):
+            candidate = np.full_like(least, np.inf)
+            candidate[weights[i][w] :] = least[: BUCKETS + 1 - weights[i][w]] + max(way.square, 0.0)
+            # A way that does no harm is taken for nothing, also where its saving rounds to nothing.
+            better = (candidate < best) | ((candidate == best) & (way.square <= 0) & np.isfinite(best))
+            taken[i][better] = w
+            best = np.where(better, candidate, best)
+        least = best
     sets = []
     for bucket in np.flatnonzero(np.isfinite(least)):
         members, at = [], int(bucket)
-        for i in range(len(savings) - 1, -1, -1):
-            if taken[i, at]:
-                members.append(i)
-                at -= weights[i]
-        # A layer whose saving rounds to nothing is never needed for a bucket, but is free where it does no
-        # harm.
-        members += [i for i in range(len(savings)) if weights[i] == 0 and errors[i] == 0 and i not in members]
+        for i in range(len(groups) - 1, -1, -1):
+            if (w := int(taken[i, at])) >= 0:
+                members.append((i, w))
+                at -= weights[i][w]
         if members:
             sets.append(members)
     return sets
@@ -149,7 +110,7 @@ def _knapsack(savings: np.ndarray, errors: np.ndarray) -> list[list[int]]:
 
 def _undominated(choices: list[Choice]) -> list[Choice]:
     kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.time, c.error), reverse=False):
+    for choice in sorted(choices, key=lambda c: (c.time, c.error)):
         if not kept or choice.error < kept[-1].error:
             kept.append(choice)
     return kept[::-1]
@@ -176,24 +137,23 @@ def pick(points: list[Choice], *, max_error: float | None = None, speed: float |
 class Chooser:
     """Chooses, measures what was chosen, and corrects the model of errors by what it finds.
 
-    layers: every candidate's forward.  costs, other_time, steps: as in `front`.  squared_errors: layer →
-    squared error when it alone is sparse; overwritten by marginal effects as they are measured.
+    forwards: layer → leading tokens that stay dense → its forward.  squares: the same → squared error when it
+    alone is sparse, corrected by marginal effects as they are measured.  step_factors, steps: as in `front`.
     """
 
     study: Sensitivity
-    layers: Mapping[str, Forward]
-    costs: Mapping[str, Cost]
-    squared_errors: dict[str, float]
+    forwards: Mapping[str, Mapping[int, Forward]]
+    costs: Costs
+    squares: dict[str, dict[int, float]]
     step_factors: Mapping[int, float]
     steps: int
-    other_time: float = 0.0
 
     def points(self) -> list[Choice]:
-        return front(self.costs, self.squared_errors, self.steps, self.step_factors, self.other_time)
+        return front(ways_of(self.costs, self.squares), self.costs.dense_time, self.steps, self.step_factors)
 
     def measure(self, choice: Choice) -> Choice:
         """The choice with its measured error."""
-        layers = {name: self.layers[name] for name in choice.sparse}
+        layers = {name: self.forwards[name][tokens] for name, tokens in choice.sparse.items()}
         return replace(
             choice, measured=self.study.sample(layers, lambda call: self._step(call) >= choice.dense_steps)
         )
@@ -203,13 +163,22 @@ class Chooser:
         return call * self.steps // self.study.calls_per_run
 
     def marginals(self, choice: Choice) -> None:
-        """Replace each member's squared error by what the chosen set loses when it turns dense."""
+        """Replace each member's squared error by what the chosen set loses when it turns dense.
+
+        A layer's other ways are corrected in proportion.
+        """
         whole = self.measure(replace(choice, dense_steps=0)).measured
         assert whole is not None
-        for name in sorted(choice.sparse):
-            rest = self.measure(replace(choice, sparse=choice.sparse - {name}, dense_steps=0)).measured
+        for name, tokens in choice.sparse.items():
+            others = {other: kept for other, kept in choice.sparse.items() if other != name}
+            rest = self.measure(replace(choice, sparse=others, dense_steps=0)).measured
             assert rest is not None
-            self.squared_errors[name] = max(whole**2 - rest**2, 0.0)
+            squares = self.squares[name]
+            now = max(whole**2 - rest**2, 0.0)
+            ratio = now / squares[tokens] if squares[tokens] > 0 else 1.0
+            self.squares[name] = {
+                way: now if way == tokens else before * ratio for way, before in squares.items()
+            }
 
     def choose(
         self,
@@ -240,7 +209,7 @@ class Chooser:
         return best
 
     def _expected(self, choice: Choice) -> float:
-        squares = sum(self.squared_errors[name] for name in choice.sparse)
+        squares = sum(self.squares[name][tokens] for name, tokens in choice.sparse.items())
         return (squares * self.step_factors[choice.dense_steps]) ** 0.5 if choice.sparse else 0.0
 
     @staticmethod
@@ -255,27 +224,53 @@ class Chooser:
         return one.time < other.time if fits[0] else one.measured < other.measured
 
 
+def ways_of(costs: Costs, squares: Mapping[str, Mapping[int, float]]) -> Ways:
+    """squares: layer → leading tokens that stay dense → squared error."""
+    return {
+        name: {
+            tokens: Way((costs.rows_saved if tokens else costs.saved)[name], square)
+            for tokens, square in options.items()
+        }
+        for name, options in squares.items()
+    }
+
+
 def chooser_for(
-    study: Sensitivity, profile: Profile, layers: Mapping[str, Forward], costs: str, share: float = 0.85
+    study: Sensitivity,
+    profile: Profile,
+    branches: Mapping[str, Branch],
+    device: str,
+    share: float = 0.85,
+    text_rows: Mapping[str, int] | None = None,
 ) -> Chooser:
     """Measure every layer's and the first steps' effect, note them in the profile, and return a chooser.
 
-    costs: "flops", or a device of `lynx_compile.cost.devices()`.  share: of the saving at which the effect of
-    dense first steps is measured; it depends on what else is dense.
+    device: whose times count, or "flops".  share: of the saving at which the effect of dense first steps is
+    measured; it depends on what else is dense.  text_rows: layer → leading rows that are text and may stay
+    dense while the others are sparse.
     """
-    table, other_time = costs_of(profile, study.workload.model, costs)
-    effects = study.measure(layers, "layer")
-    squares = {name: (effect.sample or 0.0) ** 2 for name, effect in effects.items()}
-    for name, effect in effects.items():
+    text_rows = dict(text_rows or {})
+    costs = costs_of(profile, study.workload.model, device, text_rows)
+    forwards: dict[str, dict[int, Forward]] = {
+        name: {tokens: replace(branch, dense_tokens=tokens) for tokens in {0, text_rows.get(name, 0)}}
+        for name, branch in branches.items()
+    }
+    whole = study.measure({name: ways[0] for name, ways in forwards.items()}, "layer")
+    rows = study.measure({name: forwards[name][tokens] for name, tokens in text_rows.items()}, "layer")
+    squares = {name: {0: (effect.sample or 0.0) ** 2} for name, effect in whole.items()}
+    for name, effect in whole.items():
         profile.layers[name].sensitivity = {"velocity": effect.velocity, "sample": effect.sample or 0.0}
-    points = front(table, squares, profile.steps, {0: 1.0}, other_time)
+    for name, effect in rows.items():
+        squares[name][text_rows[name]] = (effect.sample or 0.0) ** 2
+        profile.layers[name].sensitivity["sample_text_dense"] = effect.sample or 0.0
+    points = front(ways_of(costs, squares), costs.dense_time, profile.steps, {0: 1.0})
     fastest = min(point.time for point in points)
     likely = pick(points, speed=1 / (1 - share * (1 - fastest)))
-    measured = study.steps({name: layers[name] for name in likely.sparse}, STEP_COUNTS)
+    measured = study.steps({name: forwards[name][t] for name, t in likely.sparse.items()}, STEP_COUNTS)
     profile.studies["dense_first_steps"] = {str(n): list(errors) for n, errors in measured.items()}
-    whole = max(measured[0][0], 1e-9)
-    factors = {n: (errors[0] / whole) ** 2 for n, errors in measured.items() if n < profile.steps}
-    return Chooser(study, layers, table, squares, factors, profile.steps, other_time)
+    together = max(measured[0][0], 1e-9)
+    factors = {n: (errors[0] / together) ** 2 for n, errors in measured.items() if n < profile.steps}
+    return Chooser(study, forwards, costs, squares, factors, profile.steps)
 
 
 def apply_choice(profile: Profile, choice: Choice) -> None:
@@ -285,4 +280,5 @@ def apply_choice(profile: Profile, choice: Choice) -> None:
         effect = layer.sensitivity.get("sample")
         known = "" if effect is None else f", alone {effect:.3f} of the final sample"
         layer.reason = f"chosen by end-to-end sensitivity{known}"
+        layer.branch = replace(layer.branch, dense_tokens=choice.sparse.get(name, 0))
     profile.dense_steps = choice.dense_steps

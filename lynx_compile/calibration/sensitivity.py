@@ -105,6 +105,12 @@ class Sensitivity:
             handle.remove()
         return self._samples
 
+    def first_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the model's first call."""
+        self.samples()
+        args, kwargs, _ = self._recorded[0][0]
+        return args, kwargs
+
     @torch.no_grad()
     def velocity(self, layers: Mapping[str, Forward]) -> Effect:
         """The effect on the recorded calls alone."""
@@ -177,8 +183,7 @@ class Sensitivity:
 
     def estimate_s(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> float:
         """Seconds `measure` will take, from one dense run and one perturbed call, both measured now."""
-        self.samples()
-        args, kwargs, _ = self._recorded[0][0]
+        args, kwargs = self.first_call()
         start = time.monotonic()
         with torch.no_grad(), emulate(self.workload.model, layers):
             _synchronised(first_tensor(self.workload.model(*args, **kwargs)))

@@ -39,6 +39,10 @@ def calibrate_(
         float | None, typer.Option(help="Least error at this speed of the linear layers.")
     ] = None,
     costs: Annotated[str, typer.Option(help='Cost table, as "h200", or "flops".')] = "h200",
+    text_rows: Annotated[
+        list[str] | None,
+        typer.Option(help="GLOB=N: these layers' first N rows are text (FLUX and its kin are known)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
 ) -> None:
     """Fit LoRA branches and shifts; with --max-error or --speed also measure and choose what stays dense."""
@@ -49,6 +53,7 @@ def calibrate_(
 
     if max_error is not None and speed is not None:
         raise typer.BadParameter("give --max-error or --speed, not both")
+    rows = _text_rows(text_rows)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = _load(model, device)
     texts = _prompts(model, prompts, count + held_out)
@@ -68,7 +73,12 @@ def calibrate_(
     points: list[Choice] = []
     if rank_ == 0 and (max_error is not None or speed is not None):
         points = _choose(
-            profile, _workload(pipe, texts[count:], steps, batch_size, count, call), max_error, speed, costs
+            profile,
+            _workload(pipe, texts[count:], steps, batch_size, count, call),
+            max_error,
+            speed,
+            costs,
+            rows,
         )
     if rank_ == 0:
         save_profile(profile, out)
@@ -134,25 +144,47 @@ def _join_group(device: str) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def _text_rows(given: list[str] | None) -> dict[str, int]:
+    found = {}
+    for text in given or ():
+        glob, _, rows = text.rpartition("=")
+        if not glob or not rows.isdigit():
+            raise typer.BadParameter(f"--text-rows {text!r} is not GLOB=N, as 'single_blocks.*=512'")
+        found[glob] = int(rows)
+    return found
+
+
 def _choose(
-    profile: Profile, held_out: Pipeline, max_error: float | None, speed: float | None, costs: str
+    profile: Profile,
+    held_out: Pipeline,
+    max_error: float | None,
+    speed: float | None,
+    costs: str,
+    text_rows: dict[str, int],
 ) -> list[Choice]:
     """Measure, choose, write both into the profile; returns the front and what was measured."""
     from ..calibration.choose import apply_choice, chooser_for
     from ..calibration.sensitivity import Sensitivity
+    from ..calibration.text_rows import joint_text_rows
     from ..evaluation.ground import branches_of
 
     study = Sensitivity(held_out, calls=5)
     branches = branches_of(profile, held_out.model)
-    seconds = study.estimate_s(branches, "layer")
-    console.print(
-        f"sensitivity of {len(branches)} layers: about {seconds / 60:.1f} min, twice that to choose"
-    )
-    chooser = chooser_for(study, profile, branches, costs)
+    rows = joint_text_rows(study, branches, text_rows)
+    ways = len(branches) + len(rows)
+    seconds = study.estimate_s(branches, "layer") * ways / len(branches)
+    console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, twice that to choose")
+    chooser = chooser_for(study, profile, branches, costs, text_rows=rows)
     measured: list[Choice] = []
-    choice = chooser.choose(max_error=max_error, speed=speed, note=measured.append)
+    try:
+        choice = chooser.choose(max_error=max_error, speed=speed, note=measured.append)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     apply_choice(profile, choice)
+    texts = sum(rows > 0 for rows in choice.sparse.values())
     console.print(
-        f"expected error {choice.error:.4f}, measured {choice.measured:.4f}, speed {choice.speed:.2f}×"
+        f"expected error {choice.error:.4f}, measured {choice.measured:.4f}, speed {choice.speed:.2f}×; "
+        f"{len(choice.sparse)} of {len(branches)} layers sparse, {texts} of them with dense text rows, "
+        f"first {choice.dense_steps} of {profile.steps} steps dense"
     )
     return [*chooser.points(), *measured]

@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from ..calibration.choose import Choice, Chooser, chooser_for
+from ..calibration.costs import FLOPS
 from ..calibration.refine import Call, record, split_calls
 from ..calibration.run import calibrate
 from ..calibration.sensitivity import Sensitivity
+from ..calibration.text_rows import joint_text_rows
 from ..calibration.workload import Pipeline
 from ..profile import Branch, Profile
 from ..profile.fingerprint import linear_layers
@@ -127,9 +129,9 @@ class Ground:
         """End-to-end sensitivity of every layer, measured on the validation prompts."""
         with self.choosing.running():
             study = Sensitivity(self.validation, calls=5, quiet=True)
-            made = chooser_for(
-                study, self.shifted.profile, self.shifted.branches, "flops", self.settings.distilled_share
-            )
+            text = joint_text_rows(study, self.names)
+            profile, branches = self.shifted.profile, self.shifted.branches
+            made = chooser_for(study, profile, branches, FLOPS, self.settings.distilled_share, text)
         self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
         return made
 

@@ -7,14 +7,15 @@ stage is a function from `Ground` to methods; `run.STAGES` lists them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.choose import Choice, costs_of, front, pick
+from ..calibration.choose import Choice, front, pick, ways_of
+from ..calibration.costs import FLOPS, costs_of
 from ..calibration.emulation import Forward
 from ..calibration.statistics import Hooks, Readers, rows_of
 from ..calibration.workload import Workload
@@ -84,9 +85,9 @@ def chosen(ground: Ground) -> Iterator[Method]:
 
 def by_local_error(ground: Ground, errors: Mapping[str, float], share: float) -> Choice:
     """The layers of the least sum of squared local errors at this share."""
-    costs, other_time = costs_of(ground.shifted.profile, ground.model, "flops")
-    squares = {name: error**2 for name, error in errors.items()}
-    points = front(costs, squares, ground.settings.steps, {0: 1.0}, other_time)
+    costs = costs_of(ground.shifted.profile, ground.model, FLOPS)
+    ways = ways_of(costs, {name: {0: error**2} for name, error in errors.items()})
+    points = front(ways, costs.dense_time, ground.settings.steps, {0: 1.0})
     return pick(points, speed=speed_of(share))
 
 
@@ -94,9 +95,12 @@ def method_of(
     title: str, choice: Choice, branches: Mapping[str, Branch], seconds: float, rank: int
 ) -> Method:
     """A row with the layers of a choice."""
-    layers = {name: branches[name] for name in branches if name in choice.sparse}
-    dense = sorted(set(branches) - choice.sparse)
-    return Method(title, layers, seconds, rank, choice.dense_steps, {"dense_layers": dense})
+    layers = {name: replace(branches[name], dense_tokens=rows) for name, rows in choice.sparse.items()}
+    details = {
+        "dense_layers": sorted(set(branches) - set(choice.sparse)),
+        "text_rows_dense": sorted(name for name, rows in choice.sparse.items() if rows),
+    }
+    return Method(title, layers, seconds, rank, choice.dense_steps, details)
 
 
 def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputStatistics]:

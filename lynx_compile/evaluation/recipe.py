@@ -23,6 +23,7 @@ from .clock import Clock
 from .ground import Ground, placed
 from .methods import Method, by_local_error, method_of
 
+RECIPE = "paper's recipe"
 CHECKS = 20  # times its error is looked at while it trains
 
 
@@ -30,12 +31,12 @@ def paper_recipe(ground: Ground) -> Iterator[Method]:
     """SA-NC-LoRA by the paper's loss, whole and with layers left dense by local error."""
     s = ground.settings
     trained, seconds = _train(ground)
-    title = f"SA-NC-LoRA r{s.rank}, paper's recipe ({s.recipe_steps} steps)"
-    yield Method(title, trained, seconds, s.rank)
+    details = {"training_steps": s.recipe_steps}
+    yield Method(f"SA-NC-LoRA r{s.rank}, {RECIPE}", trained, seconds, s.rank, details=details)
     errors = output_errors(ground.model, ground.checks, trained)
     for share in s.shares:
         choice = by_local_error(ground, errors, share)
-        yield method_of(f"{title} + SL by local error, {share:.0%}", choice, trained, seconds, s.rank)
+        yield method_of(f"{RECIPE} + SL by local error, {share:.0%}", choice, trained, seconds, s.rank)
 
 
 def _train(ground: Ground) -> tuple[dict[str, Branch], float]:

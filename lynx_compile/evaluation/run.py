@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,8 @@ def distilled(ground: Ground) -> Iterator[Method]:
     s, model = ground.settings, ground.model
     choice = ground.choice(s.distilled_share)
     clock = Clock(ground.shifted.seconds + ground.choosing.seconds + ground.recording.seconds)
-    start = {name: ground.shifted.branches[name] for name in sorted(choice.sparse)}
+    branches = ground.shifted.branches
+    start = {name: replace(branches[name], dense_tokens=rows) for name, rows in choice.sparse.items()}
     checks = split_calls(ground.checks, 2 * s.validation_prompts)
     with clock.running():
         found = distill_jointly(
