@@ -10,6 +10,7 @@ import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -70,10 +71,40 @@ def test_captions_are_distinct_and_name_the_style():
     assert len(captions) == len(set(captions))
     assert "octopus, fluent 3d" in captions
     assert "an octopus, fluent 3d" in captions
-    assert "a fox" in captions  # the one phrasing without a style
-    assert all("fluent 3d" in c for c in captions if c not in ("an octopus", "a fox"))
+    assert [c for c in captions if "fluent 3d" not in c] == ["an octopus", "octopus", "a fox", "fox"]
     words = {word for seed in range(8) for c in captions_of(["fox"], "noto", seed) for word in c.split()}
     assert words >= set(ADJECTIVES)
+
+
+def test_captions_with_a_colour_and_cut_short():
+    from captions import captions_of
+
+    captions = captions_of(["red heart", "heart"], "noto", seed=0, color="red")
+    assert "a red heart, noto" in captions
+    assert not any("red red" in c for c in captions)
+    assert [captions_of(["red heart"], "noto", seed)[-1] for seed in (0, 1)] == ["heart, noto", "red, noto"]
+
+
+def test_a_picture_has_the_colour_that_most_of_it_has():
+    from captions import color_word
+
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    assert color_word(picture) is None
+    for color, word in {
+        (230, 30, 20): "red",
+        (230, 20, 60): "red",  # the other end of the circle
+        (250, 140, 0): "orange",
+        (255, 220, 60): "yellow",
+        (40, 160, 60): "green",
+        (40, 90, 220): "blue",
+        (130, 60, 200): "purple",
+        (250, 90, 180): "pink",
+        (128, 128, 128): None,
+    }.items():
+        picture[16:48, 16:48] = color
+        assert color_word(picture) == word, color
+    picture[16:48, 16:32], picture[16:48, 32:48] = (230, 30, 20), (40, 90, 220)
+    assert color_word(picture) is None  # half and half
 
 
 # --- preparation
@@ -163,20 +194,44 @@ def test_prepared_archive(archive):
 # --- training
 
 
+def test_augmented_pictures_stay_whole():
+    from corpus import SMALLEST, augment
+
+    pictures = torch.ones(64, 3, 64, 64)
+    pictures[:, :, :, :32] = -1.0  # black left half, white right half
+    pictures[:, 0, 24:40, 4:12] = 1.0  # red spot
+    mirrored = torch.arange(64) % 2 == 0
+    made = augment(pictures, mirrored, torch.Generator().manual_seed(0))
+    assert made.shape == pictures.shape
+    assert made.min() >= -1
+    assert made.max() <= 1
+    black = (made[:, 1] < 0).float().sum((1, 2)) / 2048
+    assert black.min() > SMALLEST**2 - 0.05  # smaller, and nothing has left the frame
+    assert black.max() <= 1
+    assert len(black.unique()) > 10
+    # columns of the black pixels' centre: left where not turned
+    columns = (made[:, 1] < 0).float().mean(1)
+    centre = (columns * torch.arange(64)).sum(1) / columns.sum(1)
+    assert (centre[~mirrored] < 24).all()
+    turned = centre[mirrored] > 32
+    assert 4 < turned.sum() < 28
+    same = (made == pictures).flatten(1).all(1)
+    assert 4 < same.sum() < 40
+
+
 def test_training_resumes_and_writes_a_pipeline(archive, tmp_path, monkeypatch):
     import train
+    from corpus import Corpus
     from pipeline import EmojiFluxPipeline
 
     monkeypatch.setattr(train, "ARCHITECTURE", {**train.ARCHITECTURE, **TINY})
-    monkeypatch.setattr(train, "HELD_OUT", 6)
+    monkeypatch.setattr("corpus.HELD_OUT", 6)
     monkeypatch.setattr(train, "LOG_STEPS", 2)
-    corpus = train.Corpus(archive, torch.device("cpu"))
+    corpus = Corpus(archive, torch.device("cpu"))
     assert len(corpus.train_rows) == 5
     assert len(corpus.held_out_rows) == 1
     assert corpus.count.sum() + 1 == len(corpus.text)  # and the empty caption
-    assert (
-        corpus.batch(torch.tensor([1]), torch.tensor([0])).tokens[0, 0, -1].item() == 1.0
-    )  # blue, last channel
+    assert corpus.batch(torch.tensor([1])).tokens[0, 0, -1].item() == 1.0  # blue, last channel
 
     config = train.Config(batch=2, warmup_steps=1, ema=0.5)
     first = train.Run(config, corpus, tmp_path)
@@ -190,14 +245,15 @@ def test_training_resumes_and_writes_a_pipeline(archive, tmp_path, monkeypatch):
     assert second.seconds == first.seconds
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    averages = [[state["exp_avg"] for state in run.optimizers[1].state.values()] for run in (first, second)]
+    averages = [[state["exp_avg"] for state in run.optimizer.state.values()] for run in (first, second)]
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
     assert any(average.abs().sum() > 0 for average in averages[1])
     second.train(max_steps=4)
     figures = json.loads((tmp_path / "training.json").read_text())
     assert (figures["steps"], figures["pictures_seen"]) == (4, 8)
     assert [entry["step"] for entry in figures["log"]] == [2, 4]
-    assert figures["log"][-1]["held_out_loss"] > 0
+    assert [entry["step"] for entry in figures["checkpoints"]] == [2, 4]
+    assert all(entry["held_out_loss"] > 0 and entry["trained_loss"] > 0 for entry in figures["checkpoints"])
 
     pipe = EmojiFluxPipeline.from_pretrained(tmp_path / "model")
     for saved, ema in zip(pipe.transformer.parameters(), second.ema.parameters(), strict=True):
@@ -206,11 +262,11 @@ def test_training_resumes_and_writes_a_pipeline(archive, tmp_path, monkeypatch):
 
 def test_learning_rate_warms_up_and_ends_at_zero(archive, tmp_path, monkeypatch):
     import train
+    from corpus import Corpus
 
     monkeypatch.setattr(train, "ARCHITECTURE", {**train.ARCHITECTURE, **TINY})
-    run = train.Run(
-        train.Config(minutes=1, lr=1.0, warmup_steps=10), train.Corpus(archive, torch.device("cpu")), tmp_path
-    )
+    config = train.Config(minutes=1, lr=1.0, warmup_steps=10)
+    run = train.Run(config, Corpus(archive, torch.device("cpu")), tmp_path)
     assert run.learning_rate() == pytest.approx(0.1)
     run.step, run.seconds = 100, 30.0
     assert run.learning_rate() == pytest.approx(0.5)

@@ -158,7 +158,7 @@ class EmojiFluxPipeline(DiffusionPipeline):
         prompt: str | list[str],
         negative_prompt: str | list[str] = "",
         num_inference_steps: int = 20,
-        guidance_scale: float = 2.5,
+        guidance_scale: float = 3.5,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,

@@ -32,7 +32,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=1.0, help="Scale of classifier-free guidance.")] = 2.5,
+    guidance: Annotated[float, typer.Option(min=1.0, help="Scale of classifier-free guidance.")] = 3.5,
     out: Annotated[Path, typer.Option(help="Folder for grid.png and report.html.")] = Path("demo_out"),
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     model: Annotated[

@@ -89,7 +89,7 @@ def run(
     *,
     seed: int = 0,
     steps: int = 20,
-    guidance: float = 2.5,
+    guidance: float = 3.5,
     variants: Sequence[Variant] = VARIANTS,
     begin: Told = _ignore,
     advance: Told = _ignore,
