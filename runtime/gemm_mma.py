@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .launch import Kernel, empty
+from .calls import Call, Launch, pointers
+from .launch import Kernel
+from .operands import samples
 from .semantics import ACTIVATIONS
 
 TILE = 128  # rows and columns of y that one block computes
@@ -24,7 +27,7 @@ def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
     return Kernel(
         "sparse_gemm_mma.cu",
         "sparse_gemm_mma",
-        parameters="PPPPPPPPPPiiiiii",
+        parameters="PPPPPPPPPOiiiiiii",
         threads=THREADS,
         smem=SMEM,
         overlap=overlap,
@@ -33,13 +36,20 @@ def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
 
 
 def kernel_for(
-    device: int, dtype: torch.dtype, m: int, n: int, k: int, activation: str, tail: bool
+    device: int,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    activation: str,
+    tail: bool,
+    bias_rows: int | None = None,
 ) -> Kernel:
     """The kernel `sparse_gemm` launches: sizes, gates and residuals are arguments of one kernel."""
     return kernel(dtype, activation, _overlaps(device))
 
 
-def sparse_gemm(
+def prepare(
     values: Tensor,
     metadata: Tensor,
     scale: Tensor,
@@ -50,15 +60,16 @@ def sparse_gemm(
     activation: str,
     gate: Tensor | None,
     residual: Tensor | None,
-) -> Tensor:
-    """y (M, N) of `ops.sparse_linear`. Operands are checked; rows of t may be apart; rank % 16 == 0."""
+) -> Call:
+    """The call that computes y (M, N) of `ops.sparse_linear`.
+
+    Operands are checked; rows of t may be apart; rank % 16 == 0.
+    """
     m, half = values.shape
     n = weight.shape[0]
     device = values.get_device()
-    y = empty((m, n), values.dtype, device)
-    kernel(values.dtype, activation, _overlaps(device))(
-        device,
-        (-(-m // TILE) * -(-n // TILE), 1, 1),
+    variant = kernel(values.dtype, activation, _overlaps(device))
+    packed = variant.pack(
         values.data_ptr(),
         metadata.data_ptr(),
         scale.data_ptr(),
@@ -68,15 +79,22 @@ def sparse_gemm(
         0 if bias is None else bias.data_ptr(),
         0 if gate is None else gate.data_ptr(),
         0 if residual is None else residual.data_ptr(),
-        y.data_ptr(),
+        0,  # y
         m,
         n,
         2 * half,
         0 if lora_up is None else lora_up.shape[1],
         0 if lora_up is None else t.stride(0),
-        m if gate is None else m // (gate.numel() // n),
+        m // samples(bias, n),
+        m // samples(gate, n),
     )
-    return y
+    grid = -(-m // TILE) * -(-n // TILE), 1, 1
+    return Call(device, [((m, n), values.dtype)], [Launch(variant, grid, packed, pointers(1))])
+
+
+def sparse_gemm(*operands: Any, **options: Any) -> Tensor:
+    """y (M, N): `prepare` and run."""
+    return prepare(*operands, **options).run()[0]
 
 
 @functools.cache

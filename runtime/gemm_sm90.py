@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import build
-from .launch import TENSOR_MAP_BYTES, Kernel, empty, multiprocessors, tensor_map
+from .calls import Call, Launch, pointers
+from .launch import TENSOR_MAP_BYTES, Kernel, multiprocessors, tensor_map
+from .operands import samples
 from .semantics import ACTIVATIONS
 
 SOURCE = "sparse_gemm_sm90.cu"
@@ -57,17 +59,18 @@ class Tile(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """Slots of the ring: as many as fit beside the bias and the barriers."""
-        return min(MAX_STAGES, (SMEM_LIMIT - self._bias - 16 * MAX_STAGES) // self.slot)
+        """Slots of the ring: as many as fit beside the bias, the gate and the barriers."""
+        return min(MAX_STAGES, (SMEM_LIMIT - self._vectors - 24 * MAX_STAGES) // self.slot)
 
     @property
     def smem(self) -> int:
         """Bytes of shared memory of a block."""
-        return self.stages * self.slot + self._bias + 16 * self.stages
+        return self.stages * self.slot + self._vectors + 24 * self.stages
 
     @property
-    def _bias(self) -> int:
-        return 2 * self.consumers * self.n * 4
+    def _vectors(self) -> int:
+        # Room for the gate beside the bias, also where the variant has none: one ring fits both.
+        return 2 * self.consumers * 2 * self.n * 4
 
     def grid(self, m: int, n: int) -> tuple[int, int]:
         """Cluster rows and cluster columns of an (m, n) output."""
@@ -96,12 +99,18 @@ def _light(tile: Tile) -> bool:
     return tile.blocks * tile.n > 256
 
 
+def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: int) -> bool:
+    """Whether a call needs the variant with a tail: samples that meet in a warpgroup's rows need it, too."""
+    return tail or (bias_rows < m and bias_rows % (64 * tile.blocks) != 0)
+
+
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, tail: bool, processors: int) -> Tile:
+def choose(m: int, n: int, k: int, tail: bool, processors: int, bias_rows: int | None = None) -> Tile:
     """The tile with the least predicted time: its measured rate, less what the last wave leaves empty.
 
-    tail: a gate or a residual follows.
+    tail: a gate or a residual follows. bias_rows: rows of X for each row of the bias; all by default.
     """
+    rows_of_bias = bias_rows or m
 
     def seconds(tile: Tile) -> float:
         rows, columns = tile.grid(m, n)
@@ -112,16 +121,20 @@ def choose(m: int, n: int, k: int, tail: bool, processors: int) -> Tile:
         slowdown = max(idle**IDLE_EXPONENT, idle / CLOCK_HEADROOM)
         return flops / (RATES[tile] * 1e12) * slowdown + waves * TILE_OVERHEAD
 
-    return min((tile for tile in RATES if not (tail and _light(tile))), key=seconds)
+    tiles = (tile for tile in RATES if not (_has_tail(tile, tail, m, rows_of_bias) and _light(tile)))
+    return min(tiles, key=seconds)
 
 
 @functools.cache
 def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kernel:
-    """The variant for a tile, an element type and an epilogue; tail: a gate, a residual or both."""
+    """The variant for a tile, an element type and an epilogue.
+
+    tail: a gate, a residual, or a bias whose samples may meet in the rows of one warpgroup.
+    """
     return Kernel(
         SOURCE,
         "sparse_gemm",
-        parameters="TTTTTPPPPPiiiiiii",
+        parameters="TTTTTPPPPOiiiiiiii",
         threads=tile.threads,
         smem=tile.smem,
         cluster=tile.cluster,
@@ -141,10 +154,21 @@ def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kerne
 
 
 def kernel_for(
-    device: int, dtype: torch.dtype, m: int, n: int, k: int, activation: str, tail: bool
+    device: int,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    activation: str,
+    tail: bool,
+    bias_rows: int | None = None,
 ) -> Kernel:
-    """The kernel `sparse_gemm` launches for these sizes; tail: a gate, a residual or both."""
-    return kernel(choose(m, n, k, tail, multiprocessors(device)), dtype, activation, tail)
+    """The kernel `sparse_gemm` launches for these sizes.
+
+    tail: a gate, a residual or both. bias_rows: rows of X for each row of the bias; all by default.
+    """
+    tile = choose(m, n, k, tail, multiprocessors(device), bias_rows)
+    return kernel(tile, dtype, activation, _has_tail(tile, tail, m, bias_rows or m))
 
 
 def variants() -> Iterator[build.Unit]:
@@ -156,7 +180,7 @@ def variants() -> Iterator[build.Unit]:
             yield kernel(tile, dtype, activation, tail).unit("sm_90a")
 
 
-def sparse_gemm(
+def prepare(
     values: Tensor,
     metadata: Tensor,
     scale: Tensor,
@@ -167,115 +191,67 @@ def sparse_gemm(
     activation: str,
     gate: Tensor | None,
     residual: Tensor | None,
+    *,
     tile: Tile | None = None,
-) -> Tensor:
-    """y (M, N) of `ops.sparse_linear`. Operands are checked; rows of t may be apart; rank % 16 == 0.
+) -> Call:
+    """The call that computes y (M, N) of `ops.sparse_linear`.
 
-    tile: instead of the one `choose` takes.
+    Operands are checked; rows of t may be apart; rank % 16 == 0. tile: instead of the one `choose` takes.
     """
     m, half = values.shape
-    n = weight.shape[0]
+    n, k = weight.shape
     device, dtype = values.get_device(), values.dtype
-    y = empty((m, n), dtype, device)
     rank = 0 if lora_up is None else lora_up.shape[1]
-    kernel, grid, packed = _launch(
-        tile,
-        device,
-        dtype,
-        activation,
-        values.data_ptr(),
-        metadata.data_ptr(),
-        scale.data_ptr(),
-        t.data_ptr() if rank else 0,
-        weight.data_ptr(),
-        0 if lora_up is None else lora_up.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if gate is None else gate.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        y.data_ptr(),
-        m,
-        n,
-        2 * half,
-        rank,
-        t.stride(0) if rank and m > 1 else rank,
-        m if gate is None else m // (gate.numel() // n),
-    )
-    kernel.launch(device, grid, packed)
-    return y
-
-
-@functools.lru_cache(maxsize=8192)
-def _launch(
-    tile: Tile | None,
-    device: int,
-    dtype: torch.dtype,
-    activation: str,
-    values: int,
-    metadata: int,
-    scale: int,
-    t: int,
-    weight: int,
-    lora_up: int,
-    bias: int,
-    gate: int,
-    residual: int,
-    y: int,
-    m: int,
-    n: int,
-    k: int,
-    rank: int,
-    t_stride: int,
-    rows_per_sample: int,
-) -> tuple[Kernel, tuple[int, int, int], bytes]:
-    """Kernel, grid and packed parameters for operands at these addresses. Layers see the same ones again."""
     processors = multiprocessors(device)
-    tail = bool(gate or residual)
+    bias_rows, gate_rows = m // samples(bias, n), m // samples(gate, n)
+    tail = gate is not None or residual is not None
     if tile is None:
-        tile = choose(m, n, k, tail, processors)
+        tile = choose(m, n, k, tail, processors, bias_rows)
     rows, columns = tile.grid(m, n)
     part_m, part_n = tile.m // tile.cluster_n, tile.n // tile.cluster_m
-    variant = kernel(tile, dtype, activation, tail)
+    variant = kernel(tile, dtype, activation, _has_tail(tile, tail, m, bias_rows))
     packed = variant.pack(
-        _map(values, dtype, m, k // 2, 32, part_m),
-        _map(weight, dtype, n, k, 64, part_n),
-        _map(t, dtype, m, rank, 32, part_m, t_stride),
-        _map(lora_up, dtype, n, rank, 32, part_n),
-        _map(residual, dtype, m, n, 64, 64),
-        metadata,
-        scale,
-        bias,
-        gate,
-        y,
+        _map(values, m, half, 32, part_m),
+        _map(weight, n, k, 64, part_n),
+        _map(t if rank else None, m, rank, 32, part_m, t.stride(0) if rank and m > 1 else rank),
+        _map(lora_up if rank else None, n, rank, 32, part_n),
+        _map(residual, m, n, 64, 64),
+        metadata.data_ptr(),
+        scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if gate is None else gate.data_ptr(),
+        0,  # y
         m,
         n,
         k // STEP_K,
         -(-rank // LORA_STEP),
-        rows_per_sample,
+        bias_rows,
+        gate_rows,
         max(1, RASTER_ROWS // (tile.m * tile.cluster_m)),
-        int(residual != 0),
+        int(residual is not None),
     )
-    return variant, (min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1), packed
+    grid = min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1
+    return Call(device, [((m, n), dtype)], [Launch(variant, grid, packed, pointers(1))])
+
+
+def sparse_gemm(*operands: Any, tile: Tile | None = None, **options: Any) -> Tensor:
+    """y (M, N): `prepare` and run."""
+    return prepare(*operands, tile=tile, **options).run()[0]
 
 
 def _map(
-    pointer: int,
-    dtype: torch.dtype,
-    rows: int,
-    columns: int,
-    box_columns: int,
-    box_rows: int,
-    stride: int | None = None,
+    matrix: Tensor | None, rows: int, columns: int, box_columns: int, box_rows: int, stride: int | None = None
 ) -> bytes:
-    """Tensor map of a row-major matrix whose boxes are as wide as their swizzle; blank for a null pointer.
+    """Tensor map of a row-major matrix whose boxes are as wide as their swizzle; blank without one.
 
     stride: elements from row to row, where rows do not follow each other.
     """
-    if not pointer:
+    if matrix is None:
         return bytes(TENSOR_MAP_BYTES)
-    size = dtype.itemsize
+    size = matrix.element_size()
     return tensor_map(
-        pointer,
-        dtype,
+        matrix.data_ptr(),
+        matrix.dtype,
         (columns, rows),
         ((stride or columns) * size,),
         (box_columns, box_rows),

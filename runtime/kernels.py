@@ -9,19 +9,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import build, gemm_mma, gemm_sm90, launch, layout, ops, semantics, sparsify_kernel
+from . import build, gemm_mma, gemm_sm90, launch, operands, ops, semantics, sparsify_kernel
+from .calls import Call, Known
+from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
 FIRST_CAPABILITY = (8, 0)  # Ampere: the first sparse tensor cores
-ALIGNMENT = 16  # bytes: the widest access of the kernels
-RANK_MULTIPLE = 16  # depth of one tensor-core step
-ROWS_MULTIPLE = 16  # of N
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL", "CUDA")
 
@@ -61,11 +60,11 @@ def _device_reason(index: int | None) -> str | None:
 
 
 @functools.cache
-def _gemm(device: int, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """The sparse GEMM for a device and an element type; None where the definition has to do."""
+def _gemm(device: int, dtype: torch.dtype) -> Callable[..., Call] | None:
+    """What prepares the sparse GEMM on a device for an element type; None where the definition has to do."""
     if device < 0 or unavailable_reason(torch.device("cuda", device), dtype) is not None:
         return None
-    return gemm_sm90.sparse_gemm if _is_hopper(device) else gemm_mma.sparse_gemm
+    return gemm_sm90.prepare if _is_hopper(device) else gemm_mma.prepare
 
 
 def _is_hopper(device: int) -> bool:
@@ -87,8 +86,8 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         if node.target is ops.sparse_linear:
             size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
             if size is not None:
-                tail = options.get("gate"), options.get("residual")
-                units += _gemm_unit(size, args[4], options.get("activation", "none"), tail)
+                behind = [options.get(name) for name in ("bias", "gate", "residual")]
+                units += _gemm_unit(size, args[4], options.get("activation", "none"), *behind)
             continue
         producer, inputs = args[:2]
         size = _size(producer, inputs)
@@ -99,9 +98,9 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         found = sparsify_kernel.kernels_for(producer, inputs, size.m, size.k, size.device, **tensors)
         units += [kernel.unit(size.arch) for kernel in found]
         if node.target is ops.linears:
-            tails = zip(options["gates"], options["residuals"], strict=True)
-            for weight, activation, tail in zip(args[2], options["activations"], tails, strict=True):
-                units += _gemm_unit(size, weight, activation, tail)
+            names = "activations", "biases", "gates", "residuals"
+            for layer in zip(args[2], *(options[name] for name in names), strict=True):
+                units += _gemm_unit(size, *layer)
     return build.prebuild(units)
 
 
@@ -129,46 +128,56 @@ def _size(producer: str, inputs: Sequence[Tensor | None]) -> _Size | None:
 
 
 def _gemm_unit(
-    size: _Size, weight: Tensor | None, activation: str, tail: Sequence[Tensor | None]
+    size: _Size,
+    weight: Tensor | None,
+    activation: str,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
 ) -> list[build.Unit]:
     if weight is None:
         return []
+    n = weight.shape[0]
     kernel_for = gemm_sm90.kernel_for if _is_hopper(size.device) else gemm_mma.kernel_for
-    has_tail = any(t is not None for t in tail)
-    kernel = kernel_for(size.device, size.dtype, size.m, weight.shape[0], size.k, activation, has_tail)
+    tail = gate is not None or residual is not None
+    bias_rows = size.m // operands.samples(bias, n)
+    kernel = kernel_for(size.device, size.dtype, size.m, n, size.k, activation, tail, bias_rows)
     return [kernel.unit(size.arch)]
+
+
+_sparsify_calls, _linear_calls = Known(), Known()
 
 
 def _sparsify(
     producer: str,
     inputs: Sequence[Tensor | None],
-    *,
+    lora_down: Tensor | None = None,
     eps: float = 0.0,
     mult_offset: float = 0.0,
     shift: Tensor | None = None,
     score: Tensor | None = None,
-    lora_down: Tensor | None = None,
     compensation: str = "norm",
     version: int = ops.VERSION,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Sequence[Tensor]:
+    options = producer, eps, mult_offset, compensation, version
+    given = *inputs, lora_down, shift, score
+    call = _sparsify_calls.find(options, given)
+    if call is not None:
+        return call.run()
     first = inputs[0]
     assert first is not None, "a producer's first input is a tensor"
     rank = 0 if lora_down is None else lora_down.shape[0]
     arguments: dict[str, Any] = {"eps": eps, "mult_offset": mult_offset, "shift": shift, "score": score}
+    arguments |= {"lora_down": lora_down, "compensation": compensation}
     if version != ops.VERSION or _gemm(first.get_device(), first.dtype) is None:
-        return ops._sparsify_reference(
-            producer, inputs, **arguments, lora_down=lora_down, compensation=compensation, version=version
-        )
+        return ops._sparsify_reference(producer, inputs, **arguments, version=version)
     if not rank % RANK_MULTIPLE:
-        return sparsify_kernel.sparsify(
-            producer, inputs, **arguments, lora_down=lora_down, compensation=compensation
-        )
+        call = sparsify_kernel.prepare(producer, inputs, **arguments)
+        return _sparsify_calls.keep(options, given, call).run()
     assert lora_down is not None
-    padded = F.pad(lora_down, (0, 0, 0, -rank % RANK_MULTIPLE))
-    values, metadata, scale, t = sparsify_kernel.sparsify(
-        producer, inputs, **arguments, lora_down=padded, compensation=compensation
-    )
-    return values, metadata, scale, t[:, :rank].contiguous()
+    arguments["lora_down"] = F.pad(lora_down, (0, 0, 0, -rank % RANK_MULTIPLE))
+    *compressed, t = sparsify_kernel.prepare(producer, inputs, **arguments).run()
+    return *compressed, t[:, :rank].contiguous()
 
 
 def _sparse_linear(
@@ -177,7 +186,6 @@ def _sparse_linear(
     scale: Tensor,
     t: Tensor,
     weight: Tensor,
-    *,
     lora_up: Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "none",
@@ -185,9 +193,13 @@ def _sparse_linear(
     residual: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
-    device, dtype = values.get_device(), values.dtype
-    gemm = _gemm(device, dtype)
-    if gemm is None or version != ops.VERSION:
+    options = activation, version
+    given = values, metadata, scale, t, weight, lora_up, bias, gate, residual
+    call = _linear_calls.find(options, given)
+    if call is not None:
+        return call.run()[0]
+    prepare_gemm = _gemm(values.get_device(), values.dtype)
+    if prepare_gemm is None or version != ops.VERSION:
         return ops._sparse_linear_reference(
             values,
             metadata,
@@ -201,84 +213,16 @@ def _sparse_linear(
             residual=residual,
             version=version,
         )
-    m, half = values.shape
-    n, k = weight.shape
-    if n % ROWS_MULTIPLE or k % layout.BLOCK_COLUMNS or not k or 2 * half != k:
-        _refuse_shapes(values, weight)
     if activation not in semantics.ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
-    words = -(-m // layout.BLOCK_ROWS) * (k // layout.BLOCK_COLUMNS) * layout.WORDS
-    values = _operand("values", values, dtype, device, m * half)
-    metadata = _operand("metadata", metadata, torch.int32, device, words)
-    scale = _operand("scale", scale, torch.float32, device, m)
-    weight = _operand("weight", weight, dtype, device, n * k)
-    if lora_up is not None:
-        rank = lora_up.shape[1]
-        if rank % RANK_MULTIPLE:
-            t, lora_up = (F.pad(x, (0, -rank % RANK_MULTIPLE)) for x in (t, lora_up))
-            rank = lora_up.shape[1]
-        t = _operand("t", t, dtype, device, m * rank, rows_apart=True)
-        lora_up = _operand("lora_up", lora_up, dtype, device, n * rank) if rank else None
-    if bias is not None:
-        bias = _operand("bias", bias, dtype, device, n)
-    if gate is not None:
-        samples = gate.numel() // n
-        if not samples or m % samples:
-            raise ValueError(
-                f"sparse_linear: gate has shape {tuple(gate.shape)}; expected one row of N = {n} for each "
-                f"sample, and a number of samples that divides M = {m}"
-            )
-        gate = _operand("gate", gate, dtype, device, samples * n)
-    if residual is not None:
-        residual = _operand("residual", residual, dtype, device, m * n)
-    if not m or not n:
-        return values.new_empty((m, n))
-    return gemm(values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual)
-
-
-def _operand(
-    name: str, tensor: Tensor, dtype: torch.dtype, device: int, elements: int, rows_apart: bool = False
-) -> Tensor:
-    """The tensor, contiguous. Raises TypeError or ValueError when a kernel would misread it.
-
-    rows_apart: the rows of a matrix need not follow each other, as in columns of a wider one.
-    """
-    if not tensor.is_contiguous() and not (
-        rows_apart and tensor.stride(1) == 1 and tensor.stride(0) * tensor.element_size() % ALIGNMENT == 0
-    ):
-        tensor = tensor.contiguous()
-    if (
-        tensor.dtype is not dtype
-        or tensor.get_device() != device
-        or tensor.numel() != elements
-        or tensor.data_ptr() % ALIGNMENT
-    ):
-        _refuse_operand(name, tensor, dtype, device, elements)
-    return tensor
-
-
-def _refuse_operand(name: str, tensor: Tensor, dtype: torch.dtype, device: int, elements: int) -> NoReturn:
-    if tensor.dtype is not dtype:
-        raise TypeError(f"sparse_linear: {name} is {tensor.dtype}, expected {dtype}; cast it")
-    if tensor.get_device() != device:
-        raise ValueError(f"sparse_linear: {name} is on {tensor.device}, expected cuda:{device}; move it")
-    if tensor.numel() != elements:
-        raise ValueError(
-            f"sparse_linear: {name} has shape {tuple(tensor.shape)}, {tensor.numel()} elements, "
-            f"expected {elements}"
-        )
-    raise ValueError(
-        f"sparse_linear: {name} starts at {tensor.data_ptr():#x}, not a multiple of {ALIGNMENT} bytes; "
-        f"pass {name}.clone()"
-    )
-
-
-def _refuse_shapes(values: Tensor, weight: Tensor) -> NoReturn:
-    raise ValueError(
-        f"sparse_linear: weight is {tuple(weight.shape)} and values {tuple(values.shape)}; the kernels need "
-        f"weight (N, K) and values (M, K / 2) with N % {ROWS_MULTIPLE} == 0 and "
-        f"K % {layout.BLOCK_COLUMNS} == 0; run this layer dense"
-    )
+    if not values.shape[0] or not weight.shape[0]:
+        return values.new_empty((values.shape[0], weight.shape[0]))
+    checked = operands.checked(*given)
+    *matrices, up, bias, gate, residual = checked
+    call = prepare_gemm(*matrices, up, bias, activation, gate, residual)
+    if all(a is b for a, b in zip(checked, given, strict=True)):
+        _linear_calls.keep(options, given, call)
+    return call.run()[0]
 
 
 _library.impl("sparsify", _sparsify)

@@ -19,19 +19,13 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_uint, c_void_p
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import build
 
-try:  # what code from Inductor allocates with; not a public name
-    from torch._C._dynamo.guards import _empty_strided_cuda as _empty_strided  # type: ignore[attr-defined]
-except ImportError:
-    _empty_strided = None
-
 Grid = tuple[int, int, int]
 
-# Kernel parameter codes: struct's for scalars and pointers, and one for tensor maps.
-TENSOR_MAP = "T"
+# Kernel parameter codes besides struct's own; those of outputs are told apart, because each launch sets them.
+TENSOR_MAP, OUTPUT_POINTER, OUTPUT_MAP = "T", "O", "Y"
 TENSOR_MAP_BYTES = 128
 TENSOR_MAP_ALIGNMENT = 64
 
@@ -59,8 +53,9 @@ class Kernel:
 
     source, defines: the file and its macros. name: an `extern "C" __global__` function in it.
     parameters: one code each, in order: "P" pointer as int (0 is null), "i" int, "I" unsigned, "q" long long,
-    "f" float, "T" a `tensor_map`, passed by value (`const __grid_constant__ TensorMap`). A kernel that takes
-    one struct lists the struct's fields.
+    "f" float, "T" a `tensor_map`, passed by value (`const __grid_constant__ TensorMap`); "O" and "Y" are a
+    pointer to an output and the tensor map of one, next to each other. A kernel that takes one struct lists
+    the struct's fields.
     threads: of a block. smem: dynamic shared memory of a block, bytes. cluster: blocks of one, along x.
     overlap: may start while the kernel before it on the stream still runs (programmatic dependent launch); it
     must then execute `griddepcontrol.wait` before it touches what that kernel wrote.
@@ -79,8 +74,12 @@ class Kernel:
         overlap: bool = False,
     ) -> None:
         self.source, self.name, self.defines = source, name, dict(defines or {})
-        self.threads, self.smem, self.cluster, self.overlap = threads, smem, cluster, overlap
+        self.parameters, self.threads, self.smem = parameters, threads, smem
+        self.cluster, self.overlap = cluster, overlap
         self._layout, self._offsets = _parameter_struct(parameters)
+        outputs = [i for i, code in enumerate(parameters) if code in (OUTPUT_POINTER, OUTPUT_MAP)]
+        ends = [*self._offsets[1:], self._layout.size]
+        self.outputs = slice(self._offsets[outputs[0]], ends[outputs[-1]]) if outputs else slice(0, 0)
         self._handles: dict[int, c_void_p] = {}
         self._loading = threading.Lock()
         self._frames = _Frames()
@@ -90,29 +89,31 @@ class Kernel:
         return build.unit(self.source, arch, self.defines)
 
     def pack(self, *arguments: Any) -> bytes:
-        """The kernel's parameter buffer, which callers whose arguments repeat may keep."""
+        """The kernel's parameter buffer, whose outputs may be left for the launch."""
         return self._layout.pack(*arguments)
 
     def __call__(self, device: int, grid: Grid, *arguments: Any) -> None:
         """Launch on torch's current stream of `device`. Raises LaunchError or build.CompileError."""
-        self.launch(device, grid, self._layout.pack(*arguments))
+        packed = self._layout.pack(*arguments)
+        with torch.cuda.device(device):
+            self.launch(device, grid, packed, packed[self.outputs])
 
-    def launch(self, device: int, grid: Grid, packed: bytes) -> None:
-        """As calling, with a parameter buffer from `pack`."""
+    def launch(self, device: int, grid: Grid, packed: bytes, outputs: bytes) -> None:
+        """As calling, with a parameter buffer from `pack`, on the current device, which `device` must be.
+
+        outputs: what stands in the buffer at `self.outputs`.
+        """
         frame = self._frames.of.get(device)
         if frame is None:
             frame = self._prepare(device)
         frame.buffer.raw = packed
+        frame.outputs.raw = outputs
         config = frame.config
         if frame.grid != grid:
             frame.grid = grid
             config.grid_x, config.grid_y, config.grid_z = grid
         config.stream = torch._C._cuda_getCurrentRawStream(device)
-        if torch._C._cuda_getDevice() == device:
-            status = frame.call(frame.config_pointer, frame.handle, frame.pointers, None)
-        else:
-            with torch.cuda.device(device):
-                status = frame.call(frame.config_pointer, frame.handle, frame.pointers, None)
+        status = frame.call(frame.config_pointer, frame.handle, frame.pointers, None)
         if status:
             raise LaunchError(
                 f"launching {self.name} ({self.source}, {self.defines}) with grid {grid}, "
@@ -205,30 +206,14 @@ def driver_version() -> tuple[int, int]:
     return version.value // 1000, version.value % 1000 // 10
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
-    """An uninitialised contiguous CUDA tensor, in a third of the host time of `torch.empty`."""
-    usual = _empty_strided is None or torch._C._cuda_getDevice() != device
-    if usual or torch.are_deterministic_algorithms_enabled():  # which may ask for poisoned memory
-        return torch.empty(shape, dtype=dtype, device=torch.device("cuda", device))
-    return _empty_strided(shape, _strides(shape), dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))
-
-
 def _parameter_struct(parameters: str) -> tuple[struct.Struct, list[int]]:
     """The packing of a kernel's parameters, and where each lies."""
     layout, offset, offsets = "=", 0, []
     for code in parameters:
-        if code == TENSOR_MAP:
+        if code in (TENSOR_MAP, OUTPUT_MAP):
             field, size, alignment = f"{TENSOR_MAP_BYTES}s", TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT
         else:
-            field = "Q" if code == "P" else code  # "P" exists only in struct's native mode
+            field = "Q" if code in ("P", OUTPUT_POINTER) else code  # "P" exists only in struct's native mode
             size = alignment = struct.calcsize(f"={field}")
         padding = -offset % alignment
         layout += f"{padding}x{field}" if padding else field
@@ -272,6 +257,10 @@ class _Frame:
         # One pointer for each parameter: given as one block instead, tensor maps arrive misaligned. A struct
         # parameter is read with its trailing padding, which no alignment makes longer than a tensor map's.
         self.buffer = ctypes.create_string_buffer(kernel._layout.size + TENSOR_MAP_ALIGNMENT)
+        outputs = kernel.outputs
+        self.outputs = (ctypes.c_char * (outputs.stop - outputs.start)).from_buffer(
+            self.buffer, outputs.start
+        )
         base = ctypes.addressof(self.buffer)
         self.pointers = (c_void_p * len(kernel._offsets))(*[base + offset for offset in kernel._offsets])
         self.handle = handle

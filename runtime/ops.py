@@ -12,7 +12,7 @@ of meaning misses every compile cache. The implementation here runs anywhere tor
 `kernels` overrides it on devices it has kernels for.
 
 Registration goes through `Library.impl`, which costs a microsecond or two a call where a Python `custom_op`
-costs nine.
+costs nine. What compiled graphs pass comes first and by position: a keyword costs half a microsecond.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ NAMESPACE = "rt_lynx"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
-    "sparsify(str producer, Tensor?[] inputs, *, float eps=0.0, float mult_offset=0.0, Tensor? shift=None, "
-    f"Tensor? score=None, Tensor? lora_down=None, str compensation='norm', int version={VERSION}) "
+    "sparsify(str producer, Tensor?[] inputs, Tensor? lora_down=None, float eps=0.0, float mult_offset=0.0, "
+    f"Tensor? shift=None, Tensor? score=None, str compensation='norm', int version={VERSION}) "
     "-> (Tensor values, Tensor metadata, Tensor scale, Tensor t)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
-    "sparse_linear(Tensor values, Tensor metadata, Tensor scale, Tensor t, Tensor weight, *, "
+    "sparse_linear(Tensor values, Tensor metadata, Tensor scale, Tensor t, Tensor weight, "
     "Tensor? lora_up=None, Tensor? bias=None, str activation='none', Tensor? gate=None, "
     f"Tensor? residual=None, int version={VERSION}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
@@ -83,12 +83,11 @@ def producer_shape(producer: str, inputs: Sequence[Tensor | None]) -> tuple[int,
 def _sparsify_reference(
     producer: str,
     inputs: Sequence[Tensor | None],
-    *,
+    lora_down: Tensor | None = None,
     eps: float = 0.0,
     mult_offset: float = 0.0,
     shift: Tensor | None = None,
     score: Tensor | None = None,
-    lora_down: Tensor | None = None,
     compensation: str = "norm",
     version: int = VERSION,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,12 +107,11 @@ def _sparsify_reference(
 def _sparsify_fake(
     producer: str,
     inputs: Sequence[Tensor | None],
-    *,
+    lora_down: Tensor | None = None,
     eps: float = 0.0,
     mult_offset: float = 0.0,
     shift: Tensor | None = None,
     score: Tensor | None = None,
-    lora_down: Tensor | None = None,
     compensation: str = "norm",
     version: int = VERSION,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,7 +133,6 @@ def _sparse_linear_reference(
     scale: Tensor,
     t: Tensor,
     weight: Tensor,
-    *,
     lora_up: Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "none",
@@ -163,7 +160,6 @@ def _sparse_linear_fake(
     scale: Tensor,
     t: Tensor,
     weight: Tensor,
-    *,
     lora_up: Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "none",

@@ -8,23 +8,22 @@ that a model uses; sizes, strides and the split of K over a cluster are argument
 from __future__ import annotations
 
 import functools
-import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import layout, semantics
-from .launch import Kernel, empty, multiprocessors
+from .calls import Call, Launch, pointers
+from .launch import Kernel, multiprocessors
 
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
-PARAMETERS = "P" * 13 + "q" * 7 + "i" * 9 + "f" * 3  # SparsifyParams in csrc/sparsify_tile.cuh
+DEVICE_TYPE = "cuda"
+PARAMETERS = "P" * 9 + "O" * 4 + "q" * 7 + "i" * 9 + "f" * 3  # SparsifyParams in csrc/sparsify_tile.cuh
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
-OUTPUTS_AT = 9 * 8  # where the pointers to values, metadata, scale and t are among the parameters
-MAX_CALLS = 4096  # checked calls that are remembered
 MAX_CLUSTER = 8  # the largest size every chip with clusters has
 MAX_STAGES = 4  # more make a block so large that the next kernel's does not fit beside it
 
@@ -37,10 +36,6 @@ _ABSENT, _ELEMENT, _FLOAT = 0, 1, 2
 
 _SLOT_BYTES = 16 * 128  # one warp's chunk of one input in shared memory
 _RESERVED_BYTES = 1024  # of shared memory a block, by the system
-
-
-_OUTPUTS = struct.Struct("=4Q")
-_calls: dict[tuple[object, ...], Call] = {}
 
 
 class Variant(NamedTuple):
@@ -66,29 +61,6 @@ class Geometry(NamedTuple):
     splits: int
 
 
-class Launch(NamedTuple):
-    """One launch of a checked call. head, tail: its parameters around the output pointers.
-
-    t_offset: bytes from the first column of t to the first this launch writes.
-    """
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    head: bytes
-    tail: bytes
-    t_offset: int
-
-
-class Call(NamedTuple):
-    """A checked call: sizes and launches. copies: of operands in layouts the kernel does not take."""
-
-    m: int
-    k: int
-    rank: int
-    launches: tuple[Launch, ...]
-    copies: tuple[Tensor, ...]
-
-
 class Plan(NamedTuple):
     """A loaded kernel and what every launch of it on one shape has in common."""
 
@@ -97,7 +69,12 @@ class Plan(NamedTuple):
     held_rounds: int
 
 
-def sparsify(
+def sparsify(producer: str, inputs: Sequence[Tensor | None], **options: Any) -> tuple[Tensor, ...]:
+    """The operands of `ops.sparse_linear` from producer(inputs): `prepare` and run."""
+    return tuple(prepare(producer, inputs, **options).run())
+
+
+def prepare(
     producer: str,
     inputs: Sequence[Tensor | None],
     *,
@@ -107,63 +84,21 @@ def sparsify(
     score: Tensor | None = None,
     lora_down: Tensor | None = None,
     compensation: str = "norm",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values (M, K/2), metadata (ceil(M/64), K/64, 128) int32, scale (M,) fp32, t (M, R) of producer(inputs).
+) -> Call:
+    """The call that makes the operands of `ops.sparse_linear` from producer(inputs).
 
+    They are values (M, K/2), metadata (ceil(M/64), K/64, 128) int32, scale (M,) fp32 and t (M, R).
     Inputs are bf16 or fp16 CUDA tensors with channels last; rows may be any multiple of 8 elements apart, and
     other layouts are copied. Vectors (weight, bias, mult, add, shift, score) are of the same dtype or fp32.
     mult, add and shift hold one row a sample, M / B rows of X each. lora_down: (R, K), R a multiple of 16.
     Raises TypeError for a dtype or device and ValueError for a shape or an alignment the kernel does not
     take.
-
-    A call is checked and its parameters are packed once: the same operands at the same addresses need no more
-    than the outputs and the launch.
     """
-    operands = (*inputs, shift, score, lora_down)
-    key = (producer, eps, mult_offset, compensation, *[None if o is None else _identity(o) for o in operands])
-    call = _calls.get(key)
-    if call is None:
-        call = _prepare(producer, inputs, eps, mult_offset, shift, score, lora_down, compensation)
-        if not call.copies:
-            if len(_calls) >= MAX_CALLS:
-                _calls.clear()
-            _calls[key] = call
-    first = inputs[0]
-    assert first is not None
-    device, dtype, (m, k, rank, launches, _) = first.get_device(), first.dtype, call
-    values = empty((m, k // 2), dtype, device)
-    metadata = empty(layout.metadata_shape(m, k), torch.int32, device)
-    scale = empty((m,), torch.float32, device)
-    t = empty((m, rank), dtype, device)
-    outputs = values.data_ptr(), metadata.data_ptr(), scale.data_ptr()
-    for launch in launches:
-        pointers = _OUTPUTS.pack(*outputs, t.data_ptr() + launch.t_offset)
-        launch.kernel.launch(device, launch.grid, launch.head + pointers + launch.tail)
-        outputs = 0, 0, 0  # the first launch writes them
-    return values, metadata, scale, t
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """What a call's parameters depend on."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
-
-
-def _prepare(
-    producer: str,
-    inputs: Sequence[Tensor | None],
-    eps: float,
-    mult_offset: float,
-    shift: Tensor | None,
-    score: Tensor | None,
-    lora_down: Tensor | None,
-    compensation: str,
-) -> Call:
-    """Check the operands of `sparsify` and pack the parameters of its launches."""
     x = inputs[0]
     if x is None or producer not in semantics.PRODUCERS:
         raise ValueError(f"unknown producer {producer!r}; one of {', '.join(semantics.PRODUCERS)}")
     dtype, device = x.dtype, x.device
-    if dtype not in DTYPES or device.type != "cuda":
+    if dtype not in DTYPES or device.type != DEVICE_TYPE:
         raise TypeError(
             f"the sparsify kernel takes bfloat16 or float16 CUDA tensors, got {dtype} on {device}"
         )
@@ -232,7 +167,7 @@ def _prepare(
     for begin in range(0, max(rank, 1) if m else 0, MAX_RANK):
         part = min(rank - begin, MAX_RANK)
         variant = Variant(dtype, producer, padded_rank(part), tuple(storage))
-        p = plan(device.index, variant, m, k)
+        p = plan(x.get_device(), variant, m, k)
         packed = p.kernel.pack(
             x.data_ptr(),
             second.data_ptr() if second is not None else 0,
@@ -255,9 +190,22 @@ def _prepare(
             mult_offset,
             semantics.NORM_EPS,
         )
-        end = OUTPUTS_AT + _OUTPUTS.size
-        launches.append(Launch(p.kernel, p.grid, packed[:OUTPUTS_AT], packed[end:], begin * dtype.itemsize))
-    return Call(m, k, rank, tuple(launches), tuple(copies))
+        launches.append(Launch(p.kernel, p.grid, packed, _outputs(begin * dtype.itemsize)))
+    outputs = [
+        ((m, k // 2), dtype),
+        (layout.metadata_shape(m, k), torch.int32),
+        ((m,), torch.float32),
+        ((m, rank), dtype),
+    ]
+    return Call(x.get_device(), outputs, launches, copies)
+
+
+def _outputs(offset: int) -> Callable[..., bytes]:
+    """`Launch.outputs` where t starts `offset` bytes further on; only the first launch writes the rest."""
+    pack = pointers(4)
+    if not offset:
+        return pack
+    return lambda values, metadata, scale, t: pack(0, 0, 0, t + offset)
 
 
 def kernels_for(

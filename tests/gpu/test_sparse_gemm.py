@@ -9,7 +9,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lynx_compile.runtime import build, gemm_sm90, layout, semantics
+from lynx_compile.runtime import build, calls, gemm_sm90, layout, semantics
 
 pytestmark = pytest.mark.gpu
 
@@ -41,9 +41,9 @@ def compiled():
 def guarded_empty(buffers):
     """An allocator of outputs in the middle of NaN, where an element not written and a write outside show."""
 
-    def empty(shape, dtype, device):
+    def empty(shape, strides, dtype):
         m, n = shape
-        buffers.append(torch.full((m + 2 * GUARD, n), torch.nan, dtype=dtype, device=f"cuda:{device}"))
+        buffers.append(torch.full((m + 2 * GUARD, n), torch.nan, dtype=dtype, device="cuda"))
         return buffers[-1][GUARD : GUARD + m]
 
     return empty
@@ -147,7 +147,7 @@ def test_writes_all_of_y_and_nothing_else(m, n, tile, residual):
     case = Case(m, n, 128, rank=32, residual=residual and not gemm_sm90._light(tile))
     buffers = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm_sm90, "empty", guarded_empty(buffers))
+        patch.setattr(calls, "empty", guarded_empty(buffers))
         case.check(case.run(tile))
     assert buffers[0][:GUARD].isnan().all()
     assert buffers[0][-GUARD:].isnan().all()
