@@ -123,8 +123,12 @@ def _size(producer: str, inputs: Sequence[Tensor | None]) -> _Size | None:
     index = torch.cuda.current_device() if first.device.index is None else first.device.index
     if unavailable_reason(torch.device("cuda", index), first.dtype) is not None:
         return None
-    m, k = (n if isinstance(n, int) else int(n.node.hint) for n in ops.producer_shape(producer, inputs))
+    m, k = map(_hint, ops.producer_shape(producer, inputs))
     return _Size(m, k, first.dtype, index, build.arch_of(torch.cuda.get_device_capability(index)))
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _gemm_unit(
@@ -137,10 +141,10 @@ def _gemm_unit(
 ) -> list[build.Unit]:
     if weight is None:
         return []
-    n = weight.shape[0]
+    n = _hint(weight.shape[0])
     kernel_for = gemm_sm90.kernel_for if _is_hopper(size.device) else gemm_mma.kernel_for
     tail = gate is not None or residual is not None
-    bias_rows = size.m // operands.samples(bias, n)
+    bias_rows = size.m // max(_hint(operands.samples(bias, n)), 1)
     kernel = kernel_for(size.device, size.dtype, size.m, n, size.k, activation, tail, bias_rows)
     return [kernel.unit(size.arch)]
 
