@@ -40,11 +40,12 @@ struct Arguments {
     const char* weight;      // (N, K)
     const char* t;           // (M, R), rows t_stride elements apart
     const char* lora_up;     // (N, R)
-    const char* bias;        // (N) or null
+    const char* bias;        // (samples, N) or null
     const char* gate;        // (samples, N) or null
     const char* residual;    // (M, N) or null
     char* y;                 // (M, N)
-    int m, n, k, rank, t_stride, rows_per_sample;
+    int m, n, k, rank, t_stride;
+    int bias_rows, gate_rows;  // rows of a sample
 };
 
 // Swizzles: eight rows read by one ldmatrix phase fall into eight different 16-byte columns of the banks.
@@ -170,12 +171,13 @@ __device__ __forceinline__ void add_lora(float (&sums)[4][4][4], const Arguments
 __device__ __forceinline__ void store_pair(const Arguments& p, int row, int column, float low, float high) {
     const long long at = 2 * (static_cast<long long>(row) * p.n + column);
     if (p.bias) {
-        const u32 pair = *reinterpret_cast<const u32*>(p.bias + 2 * column);
+        const long long sample = row / p.bias_rows;
+        const u32 pair = *reinterpret_cast<const u32*>(p.bias + 2 * (sample * p.n + column));
         low += Element::low(pair), high += Element::high(pair);
     }
     low = activate<ACTIVATION>(low), high = activate<ACTIVATION>(high);
     if (p.gate) {
-        const long long sample = row / p.rows_per_sample;
+        const long long sample = row / p.gate_rows;
         const u32 pair = *reinterpret_cast<const u32*>(p.gate + 2 * (sample * p.n + column));
         low *= Element::low(pair), high *= Element::high(pair);
     }

@@ -39,8 +39,9 @@ constexpr int kValueBytes = kTileM * 64;
 constexpr int kMetadataBytes = kTileM / 64 * kWords * 4;
 constexpr int kSlotBytes = (kWeightBytes + kValueBytes + kMetadataBytes + 1023) / 1024 * 1024;
 constexpr int kResidualBytes = 64 * 64 * 2;  // of one warpgroup
-constexpr int kBiasBytes = 2 * kConsumers * kTileN * 4;
-constexpr int kSharedBytes = kStages * kSlotBytes + kBiasBytes + 2 * kStages * 8;
+constexpr int kVectors = HAS_TAIL ? 2 : 1;    // staged per column: the bias, and the gate
+constexpr int kVectorBytes = 2 * kConsumers * kVectors * kTileN * 4;
+constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages * 8;
 
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 56;
@@ -60,11 +61,11 @@ struct Params {
     ptx::TensorMap residual;  // (M, N), box 64 × 64, swizzle 128 B
     const u32* metadata;      // (⌈M/64⌉, K/64, 128)
     const float* scale;       // (M)
-    const unsigned short* bias;  // (N) or null
+    const unsigned short* bias;  // (samples, N) or null
     const unsigned short* gate;  // (samples, N) or null
     unsigned short* y;           // (M, N)
     int m, n, k_steps, lora_steps;
-    int rows_per_sample;  // M / samples
+    int bias_rows, gate_rows;  // M / samples; without HAS_TAIL all rows of a tile are in one sample
     int raster;           // cluster rows that are walked together before the next columns
     int has_residual;
 };
@@ -177,7 +178,7 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
 
 using Tile = wgmma::Tile<kTileN>;
 using Element = lynx::ElementOf<!kBf16>::Type;
-using Rows = epilogue::Rows<Element, ACTIVATION, HAS_TAIL>;
+using Rows = epilogue::Rows<Element, ACTIVATION, HAS_TAIL, kTileN>;
 
 template <int kSelector>
 __device__ __forceinline__ void multiply_sparse(float (&d)[Tile::kCount], u64 a, u64 b, u32 metadata, int accumulate) {
@@ -262,10 +263,29 @@ struct Consumer {
         ring.advance();
     }
 
-    __device__ __forceinline__ void store_tile(int first_row, int column, const float* bias) {
+    // Copies what the epilogue needs per column to shared memory, unless samples meet in the rows of the warpgroup.
+    __device__ __forceinline__ epilogue::Columns stage_vectors(float* to, int first_row, int column) const {
+        const int top = min(first_row, p.m - 1), bottom = min(first_row + kBlocks * 64, p.m) - 1;
+        const int bias_sample = top / p.bias_rows, gate_sample = HAS_TAIL ? top / p.gate_rows : 0;
+        epilogue::Columns vectors{to, p.bias, p.gate, p.bias_rows, p.gate_rows};
+        if (HAS_TAIL && (bottom / p.bias_rows > bias_sample || bottom / p.gate_rows > gate_sample))
+            vectors.staged = nullptr;
+        else
+            for (int i = warp * 32 + lane; i < kTileN; i += 128) {
+                const bool inside = column + i < p.n;
+                const auto load = [&](const unsigned short* from, int sample) {
+                    return Element::low(from[u64(sample) * p.n + column + i]);
+                };
+                to[i] = p.bias != nullptr && inside ? load(p.bias, bias_sample) : 0.0f;
+                if (HAS_TAIL) to[kTileN + i] = p.gate != nullptr && inside ? load(p.gate, gate_sample) : 1.0f;
+            }
+        return vectors;
+    }
+
+    __device__ __forceinline__ void store_tile(int first_row, int column, const epilogue::Columns& vectors) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-            const Rows rows(p.y, p.gate, p.m, p.n, p.rows_per_sample, first_row + b * 64 + warp * 16, column, lane);
+            const Rows rows(p.y, vectors, p.m, p.n, first_row + b * 64 + warp * 16, column, lane);
 #pragma unroll
             for (int c = 0; c < kTileN; c += 32) {
                 u32 residual = 0;
@@ -273,7 +293,7 @@ struct Consumer {
                     if (c % 64 == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
                     residual = ring.slot() + group * kResidualBytes + warp * 16 * 128;
                 }
-                rows.store(acc[b] + c / 2, c, bias + c, residual, c % 64 / 8);
+                rows.store(acc[b] + c / 2, c, residual, c % 64 / 8);
                 if (HAS_TAIL && p.has_residual && c % 64 == 32) {
                     ptx::named_sync(1 + group, 128);  // all four warps have read it
                     release(ring.stage);
@@ -283,7 +303,7 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void run(int rank, float* bias_buffers) {
+    __device__ __forceinline__ void run(int rank, float* vector_buffers) {
         Schedule schedule;
         int row, column;
         for (int parity = 0; schedule.advance(p, rank, row, column); parity ^= 1) {
@@ -296,9 +316,8 @@ struct Consumer {
                     const int at = first_row + b * 64 + warp * 16 + lane / 4 + 8 * i;
                     scale[b][i] = at < p.m ? p.scale[at] : 0.0f;
                 }
-            float* bias = bias_buffers + (parity * kConsumers + group) * kTileN;
-            for (int i = warp * 32 + lane; i < kTileN; i += 128)
-                bias[i] = p.bias != nullptr && column + i < p.n ? Element::low(p.bias[column + i]) : 0.0f;
+            float* buffer = vector_buffers + (parity * kConsumers + group) * kVectors * kTileN;
+            const epilogue::Columns vectors = stage_vectors(buffer, first_row, column);
 
             int k = 0;
             for (; k + 2 <= p.k_steps; k += 2) {
@@ -315,8 +334,8 @@ struct Consumer {
                 for (int r = 0; r < p.lora_steps; ++r) lora_step(r);
                 finish_steps();
             }
-            ptx::named_sync(1 + group, 128);  // the bias is there; the buffer of the tile before is free
-            store_tile(first_row, column, bias);
+            ptx::named_sync(1 + group, 128);  // the vectors are staged; the buffer of the tile before is free
+            store_tile(first_row, column, vectors);
         }
     }
 };
@@ -333,9 +352,9 @@ __device__ __forceinline__ int mate(int rank, int thread) {
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     sparse_gemm(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    float* bias = reinterpret_cast<float*>(shared + kStages * kSlotBytes);
+    float* vectors = reinterpret_cast<float*>(shared + kStages * kSlotBytes);
     const u32 base = ptx::shared_address(shared);
-    Ring ring(base, base + kStages * kSlotBytes + kBiasBytes);
+    Ring ring(base, base + kStages * kSlotBytes + kVectorBytes);
     const int warp = ptx::uniform(threadIdx.x / 32), warpgroup = warp / 4, lane = threadIdx.x % 32;
     const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
 
@@ -361,7 +380,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
     } else {
         ptx::grow_registers<kConsumerRegisters>();
         const u32 words = kWeightBytes + kValueBytes + (warpgroup * kBlocks * kWords + threadIdx.x % 128) * 4;
-        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, threadIdx.x % 128), ptx::keep(words)}.run(rank, bias);
+        Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, threadIdx.x % 128), ptx::keep(words)}.run(rank, vectors);
     }
     // A block may not leave while another one still writes to its memory or arrives on its barriers.
     if constexpr (kCluster > 1) ptx::cluster_sync();
