@@ -6,15 +6,18 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lynx_compile.calibration import Inputs, calibrate, emulate
-from lynx_compile.calibration.choose import Choice, Chooser, Way, apply_choice, chooser_for, front, pick
-from lynx_compile.calibration.costs import Costs, costs_of
+from lynx_compile.calibration.choose import Chooser, apply_choice, chooser_for
+from lynx_compile.calibration.costs import costs_of
+from lynx_compile.calibration.front import Choice, Problem, Way, neighbours, pick, points
 from lynx_compile.calibration.refine import (
     distill_jointly,
     distill_layers,
@@ -22,11 +25,11 @@ from lynx_compile.calibration.refine import (
     record,
     split_calls,
 )
-from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
+from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of, gram_of
 from lynx_compile.calibration.solve import allocate_ranks, lora_branches
 from lynx_compile.calibration.statistics import Moments
 from lynx_compile.calibration.text_rows import joint_text_rows
-from lynx_compile.profile import Branch, Layer
+from lynx_compile.profile import Branch, Layer, Profile
 from lynx_compile.runtime import semantics
 
 
@@ -300,43 +303,65 @@ def test_sensitivity_by_layer_class_and_block() -> None:
     assert block_of("single_transformer_blocks.3.attn.to_q") == "single_transformer_blocks.3"
 
 
-def test_front_is_that_of_trying_every_set() -> None:
-    generator = torch.Generator().manual_seed(3)
-    saved, square, part, part_square = torch.rand(4, 7, generator=generator).tolist()
-    names = [f"layer{i}" for i in range(7)]
-    # Each layer may run sparse whole, or with its text rows dense: it saves less and costs less.
-    ways = {
-        name: {0: Way(s, e), 8: Way(s * p, e * q)}
-        for name, s, e, p, q in zip(names, saved, square, part, part_square, strict=True)
-    }
-    whole = 2 * sum(saved)
-    points = front(ways, whole, 20, {0: 1.0})
-    every = [
-        [(0.0, 0.0), *((way.saved, way.square) for way in options.values())] for options in ways.values()
-    ]
-    sums = [tuple(map(sum, zip(*chosen, strict=True))) for chosen in itertools.product(*every)]
+def random_problem(seed: int, layers: int = 7, steps: int = 20, factors: object = None) -> Problem:
+    """Layers that may run sparse whole, or with their text rows dense: less saved, less harm."""
+    generator = torch.Generator().manual_seed(seed)
+    saved, part = torch.rand(2, layers, generator=generator).tolist()
+    effects = torch.randn(2 * layers, 12, generator=generator) + 0.3
+    effects[layers:] *= torch.rand(layers, 1, generator=generator)
+    ways = [Way(f"layer{i}", 0, s) for i, s in enumerate(saved)]
+    ways += [Way(f"layer{i}", 8, s * p) for i, (s, p) in enumerate(zip(saved, part, strict=True))]
+    gram = gram_of(effects).numpy()
+    return Problem(ways, gram, 2 * sum(saved), steps, factors or {0: 1.0})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_front_is_that_of_trying_every_set(seed: int) -> None:
+    problem = random_problem(seed)
+    front = points(problem)
+    every = []
+    for ways in itertools.product((None, 0, 8), repeat=7):
+        members = np.array([ways[int(way.layer[5:])] == way.tokens for way in problem.ways])
+        every.append(problem.choice(members, 0))
     for speed in (1.05, 1.2, 1.5, 1.8):
-        best = min(error for time, error in sums if whole / (whole - time) >= speed) ** 0.5
-        chosen = pick(points, speed=speed)
-        assert chosen.error <= best * 1.02
-        assert chosen.time == pytest.approx(
-            1 - sum(ways[name][tokens].saved for name, tokens in chosen.sparse.items()) / whole
-        )
+        best = min(choice.error for choice in every if choice.speed >= speed)
+        chosen = pick(front, speed=speed)
+        assert best <= chosen.error <= best * 1.15
+        assert chosen.time == pytest.approx(problem.choice(problem.members(chosen), 0).time)
+        for near in neighbours(problem, chosen, 5):
+            assert near.speed >= chosen.speed * (1 - 1e-6)
+            assert near.sparse != chosen.sparse
     with pytest.raises(ValueError, match="no choice reaches"):
-        pick(points, speed=3.0)
-    assert pick(points, max_error=0.0).sparse == {}
+        pick(front, speed=3.0)
+    assert pick(front, max_error=0.0).sparse == {}
+    assert [c.error for c in front] == sorted(c.error for c in front)
+
+
+def test_layers_that_pull_apart_go_together() -> None:
+    # b undoes what a does; each alone is worse than c.
+    effects = np.array([[1.0, 0.0], [-0.9, 0.0], [0.0, 0.8], [0.0, 0.8]])
+    ways = [Way(name, 0, 0.5) for name in "abcd"]
+    problem = Problem(ways, effects @ effects.T, 4.0, 20, {0: 1.0})
+    assert set(pick(points(problem), speed=1 / (1 - 0.25)).sparse) == {"a", "b"}
 
 
 def test_harmless_layers_are_always_taken() -> None:
-    ways = {"big": {0: Way(1.0, 1.0)}, "small": {0: Way(1e-6, 0.0)}}
-    assert pick(front(ways, 2.0, 20, {0: 1.0}), speed=1.9).sparse == {"big": 0, "small": 0}
+    problem = Problem([Way("big", 0, 1.0), Way("small", 0, 1e-6)], np.diag([1.0, 0.0]), 2.0, 20, {0: 1.0})
+    assert pick(points(problem), speed=1.9).sparse == {"big": 0, "small": 0}
 
 
 def test_dense_steps_are_taken_where_they_pay() -> None:
-    ways = {name: {0: Way(0.5, 1.0)} for name in "ab"}
-    assert pick(front(ways, 2.0, 20, {0: 1.0, 1: 0.01}), speed=1.8).dense_steps == 1
+    ways = [Way("a", 0, 0.5), Way("b", 0, 0.5)]
+    problem = Problem(ways, np.eye(2), 2.0, 20, {0: 1.0, 1: 0.01})
+    assert pick(points(problem), speed=1.8).dense_steps == 1
     # 19 of 20 steps sparse are 1.9 times as fast: too slow here, whatever they would save.
-    assert pick(front(ways, 2.0, 20, {0: 1.0, 1: 0.01}), speed=1.95).dense_steps == 0
+    assert pick(points(problem), speed=1.95).dense_steps == 0
+
+
+def test_large_fronts_take_seconds() -> None:
+    start = time.monotonic()
+    assert len(points(random_problem(0, layers=60))) > 10
+    assert time.monotonic() - start < 30
 
 
 def test_costs_count_dense_rows_as_dense() -> None:
@@ -361,40 +386,53 @@ def test_text_rows_of_a_joint_sequence() -> None:
     }
 
 
-def test_choice_is_measured_and_fits_the_error() -> None:
+def measured_chooser() -> tuple[Chooser, Profile, Sensitivity]:
     workload = make_workload(2)
     profile = calibrate(workload, rank=16, steps=1, quiet=True)
     study = Sensitivity(workload, quiet=True)
     branches = {name: layer.branch for name, layer in profile.layers.items()}
-    everything = study.sample(branches)
-    chooser = chooser_for(study, profile, branches, "flops", text_rows={"blocks.0.to_q": 12})
+    return chooser_for(study, profile, branches, "flops", text_rows={"blocks.0.to_q": 12}), profile, study
+
+
+def test_choice_is_measured_and_fits_the_error() -> None:
+    chooser, profile, study = measured_chooser()
+    everything = study.sample({name: layer.branch for name, layer in profile.layers.items()})
     told: list[Choice] = []
     choice = chooser.choose(max_error=0.7 * everything, note=told.append)
     assert choice in told
     assert 0 < choice.measured <= 0.7 * everything
-    assert 0 < len(choice.sparse) < len(branches)
+    assert 0 < len(choice.sparse) < len(profile.layers)
+    at_speed = chooser.choose(speed=choice.speed, note=told.append)
+    assert at_speed.speed >= choice.speed * (1 - 1e-9)
+    assert at_speed.measured <= choice.measured
+    assert at_speed.measured == min(c.measured for c in told if c.speed >= choice.speed * (1 - 1e-9))
+    assert chooser.choose(max_error=0.0).sparse == {}
+
+
+def test_effects_are_noted_and_add_up() -> None:
+    _, profile, study = measured_chooser()
     effects = profile.layers["blocks.0.to_q"].sensitivity
     assert 0 < effects["sample_text_dense"] < effects["sample"]
-    chooser.squares["blocks.0.to_q"] = {0: 1e9, 12: 0.0}
-    chooser.step_factors = {0: 1.0}
-    with_text = chooser.measure(pick(chooser.points(), speed=1.05))
-    assert with_text.sparse["blocks.0.to_q"] == 12
-    apply_choice(profile, with_text)
+    alone = study.sample({"blocks.0.to_q": profile.layers["blocks.0.to_q"].branch})
+    assert effects["sample"] == pytest.approx(alone, rel=0.01)
+    noted = profile.studies["interactions"]
+    assert noted["expected_together"] == pytest.approx(noted["measured_together"], rel=0.3)
+
+
+def test_text_rows_stay_dense_where_chosen() -> None:
+    chooser, profile, _ = measured_chooser()
+
+    def measured(**ways: int) -> Choice:
+        wanted = {f"blocks.0.{layer}": tokens for layer, tokens in ways.items()}
+        members = np.array([wanted.get(way.layer) == way.tokens for way in chooser.problem.ways])
+        return chooser.measure(chooser.problem.choice(members, 0))
+
+    choice = measured(to_q=12, to_k=0)
+    assert choice.measured < measured(to_q=0, to_k=0).measured
+    apply_choice(profile, choice)
     assert profile.layers["blocks.0.to_q"].branch.dense_tokens == 12
     assert profile.layers["blocks.0.to_k"].branch.dense_tokens == 0
-
-
-def test_marginal_effects_correct_every_way_of_a_layer() -> None:
-    workload = make_workload(2)
-    study = Sensitivity(workload, quiet=True)
-    layers = {name: {0: Branch(), 4: Branch(dense_tokens=4)} for name in ("blocks.0.to_q", "blocks.0.to_out")}
-    costs = Costs(4.0, dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 0.5))
-    chooser = Chooser(study, layers, costs, {name: {0: 1.0, 4: 0.5} for name in layers}, {0: 1.0}, 1)
-    chooser.marginals(Choice(dict.fromkeys(layers, 0), 0, 0.5, 1.0))
-    both = study.sample({name: Branch() for name in layers}) ** 2
-    alone = study.sample({"blocks.0.to_out": Branch()}) ** 2
-    assert chooser.squares["blocks.0.to_q"][0] == pytest.approx(both - alone, rel=1e-5)
-    assert chooser.squares["blocks.0.to_q"][4] == pytest.approx((both - alone) / 2, rel=1e-5)
+    assert set(profile.sparse_layers()) == {"blocks.0.to_q", "blocks.0.to_k"}
 
 
 def test_training_recipes_lower_their_losses() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..profile.format import Profile
-from .choose import Choice
+from .front import Choice
 from .sensitivity import block_of
 
 SHOWN = 30  # bars of the ranking

@@ -33,6 +33,12 @@ _CLASSES = (
 )
 
 
+def gram_of(deviations: Tensor, chunk: int = 1 << 20) -> Tensor:
+    """Inner products of the rows of (U, D), summed in fp32 by stretches, (U, U) fp64 on the CPU."""
+    parts = [part.float() @ part.float().T for part in deviations.split(chunk, dim=1)]
+    return torch.stack(parts).double().sum(0).cpu()
+
+
 @dataclass(frozen=True)
 class Effect:
     """Relative errors of the velocity and of the final sample, and of the velocity at each call of a run."""
@@ -137,6 +143,12 @@ class Sensitivity:
         self, layers: Mapping[str, Forward], sparse_steps: Callable[[int], bool] | None = None
     ) -> float:
         """The effect on the final sample; sparse_steps(call) says which calls of a run are perturbed."""
+        return float(self.deviation(layers, sparse_steps).float().norm())
+
+    def deviation(
+        self, layers: Mapping[str, Forward], sparse_steps: Callable[[int], bool] | None = None
+    ) -> Tensor:
+        """What becomes of the final samples of all batches, (D,) bf16, relative to their norm."""
         reference = self.samples()
         model = self.workload.model
         switch, call = StepSwitch(), [0]
@@ -146,17 +158,21 @@ class Sensitivity:
             call[0] += 1
 
         handle = model.register_forward_pre_hook(before)
-        square = energy = 0.0
+        parts = []
         try:
             with emulate(model, layers, switch):
                 for batch, dense in enumerate(reference):
                     call[0] = 0
-                    out = self.workload.run(batch)
-                    square += float((out.float() - dense.float()).square().sum())
-                    energy += float(dense.float().square().sum())
+                    parts.append((self.workload.run(batch).float() - dense.float()).flatten())
         finally:
             handle.remove()
-        return (square / energy) ** 0.5 if energy else 0.0
+        energy = sum(float(dense.float().square().sum()) for dense in reference)
+        return (torch.cat(parts) / max(energy, 1e-30) ** 0.5).bfloat16()
+
+    def deviations(self, units: Mapping[str, Mapping[str, Forward]]) -> Tensor:
+        """Each unit alone sparse: (U, D) bf16, one row a unit."""
+        wanted = track(units.values(), "effects on the sample", disable=self.quiet, transient=True)
+        return torch.stack([self.deviation(layers) for layers in wanted])
 
     def measure(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> dict[str, Effect]:
         """Each unit alone sparse: unit → effect."""

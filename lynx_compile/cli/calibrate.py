@@ -10,7 +10,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from ..calibration import Pipeline
-    from ..calibration.choose import Choice
+    from ..calibration.front import Choice
     from ..profile import Profile
 
 app = typer.Typer()
@@ -173,7 +173,7 @@ def _choose(
     rows = joint_text_rows(study, branches, text_rows)
     ways = len(branches) + len(rows)
     seconds = study.estimate_s(branches, "layer") * ways / len(branches)
-    console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, twice that to choose")
+    console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, then some runs to choose")
     chooser = chooser_for(study, profile, branches, costs, text_rows=rows)
     measured: list[Choice] = []
     try:

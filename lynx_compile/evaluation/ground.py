@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration.choose import Choice, Chooser, chooser_for
+from ..calibration.choose import Chooser, chooser_for
 from ..calibration.costs import FLOPS
+from ..calibration.front import Choice
 from ..calibration.refine import Call, record, split_calls
 from ..calibration.run import calibrate
 from ..calibration.sensitivity import Sensitivity
@@ -136,15 +137,11 @@ class Ground:
         return made
 
     def choice(self, share: float) -> Choice:
-        """What to leave dense so that `share` of FLOPs × steps is sparse, by end-to-end sensitivity.
-
-        The first choice also measures what its members do together; later ones start from what it found.
-        """
+        """What to leave dense so that `share` of FLOPs × steps is sparse, by end-to-end sensitivity."""
         if share not in self._choices:
             chooser = self.chooser
             with self.choosing.running():
-                rounds = 0 if self._choices else 1
-                self._choices[share] = chooser.choose(speed=speed_of(share), rounds=rounds)
+                self._choices[share] = chooser.choose(speed=speed_of(share))
         return self._choices[share]
 
 

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.choose import Choice, front, pick, ways_of
+from ..calibration.choose import problem_of
 from ..calibration.costs import FLOPS, costs_of
 from ..calibration.emulation import Forward
+from ..calibration.front import Choice, pick, points
 from ..calibration.statistics import Hooks, Readers, rows_of
 from ..calibration.workload import Workload
 from ..profile import Branch
@@ -86,9 +88,9 @@ def chosen(ground: Ground) -> Iterator[Method]:
 def by_local_error(ground: Ground, errors: Mapping[str, float], share: float) -> Choice:
     """The layers of the least sum of squared local errors at this share."""
     costs = costs_of(ground.shifted.profile, ground.model, FLOPS)
-    ways = ways_of(costs, {name: {0: error**2} for name, error in errors.items()})
-    points = front(ways, costs.dense_time, ground.settings.steps, {0: 1.0})
-    return pick(points, speed=speed_of(share))
+    gram = np.diag([error**2 for error in errors.values()])
+    problem = problem_of(costs, [(name, 0) for name in errors], gram, ground.settings.steps)
+    return pick(points(problem), speed=speed_of(share))
 
 
 def method_of(
