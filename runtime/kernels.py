@@ -95,6 +95,8 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
             continue
         sparsified[node] = size
         tensors = {name: options.get(name) for name in ("shift", "score", "lora_down")}
+        if options.get("deflated"):
+            producer, inputs, tensors["lora_down"] = "identity", inputs[:1], None
         found = sparsify_kernel.kernels_for(producer, inputs, size.m, size.k, size.device, **tensors)
         units += [kernel.unit(size.arch) for kernel in found]
         if node.target is ops.linears:
@@ -161,8 +163,12 @@ def _sparsify(
     shift: Tensor | None = None,
     score: Tensor | None = None,
     compensation: str = "norm",
+    deflated: int = 0,
     version: int = ops.VERSION,
 ) -> Sequence[Tensor]:
+    if deflated and version == ops.VERSION and lora_down is not None:
+        x = semantics.produce(producer, inputs, eps, mult_offset) if producer != "identity" else inputs[0]
+        return _deflated(x, lora_down, deflated, shift, score, compensation)
     options = producer, eps, mult_offset, compensation, version
     given = *inputs, lora_down, shift, score
     call = _sparsify_calls.find(options, given)
@@ -182,6 +188,29 @@ def _sparsify(
     arguments["lora_down"] = F.pad(lora_down, (0, 0, 0, -rank % RANK_MULTIPLE))
     *compressed, t = sparsify_kernel.prepare(producer, inputs, **arguments).run()
     return *compressed, t[:, :rank].contiguous()
+
+
+def _deflated(
+    x: Tensor | None,
+    lora_down: Tensor,
+    deflated: int,
+    shift: Tensor | None,
+    score: Tensor | None,
+    compensation: str,
+) -> Sequence[Tensor]:
+    """`_sparsify` of X less its leading directions: two thin products of the library, then the kernel.
+
+    The shift is taken off after the directions rather than before; t is that of x − μ all the same.
+    """
+    assert x is not None
+    rows = x.reshape(-1, x.shape[-1])
+    t = F.linear(rows, lora_down)
+    if shift is not None:
+        offset = F.linear(shift.reshape(-1, rows.shape[1]).to(x.dtype), lora_down)
+        t = (t.unflatten(0, (offset.shape[0], -1)) - offset[:, None]).flatten(0, 1)
+    z = torch.addmm(rows, t[:, :deflated], lora_down[:deflated], alpha=-1)
+    *compressed, _ = _sparsify("identity", [z], shift=shift, score=score, compensation=compensation)
+    return *compressed, t
 
 
 def _sparse_linear(

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from . import layout, semantics
 
-VERSION = 1
+VERSION = 2
 NAMESPACE = "rt_lynx"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
     "sparsify(str producer, Tensor?[] inputs, Tensor? lora_down=None, float eps=0.0, float mult_offset=0.0, "
-    f"Tensor? shift=None, Tensor? score=None, str compensation='norm', int version={VERSION}) "
-    "-> (Tensor values, Tensor metadata, Tensor scale, Tensor t)",
+    "Tensor? shift=None, Tensor? score=None, str compensation='norm', int deflated=0, "
+    f"int version={VERSION}) -> (Tensor values, Tensor metadata, Tensor scale, Tensor t)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
@@ -44,13 +44,14 @@ _library.define(
 _library.define(
     "linears(str producer, Tensor?[] inputs, Tensor[] weights, int min_tokens, *, float eps=0.0, "
     "float mult_offset=0.0, Tensor? shift=None, Tensor? score=None, Tensor? lora_down=None, "
-    "str compensation='norm', Tensor?[] biases, Tensor?[] dense_biases, Tensor?[] lora_ups, int[] columns, "
-    f"str[] activations, Tensor?[] gates, Tensor?[] residuals, int version={VERSION}) -> Tensor[]",
+    "str compensation='norm', int deflated=0, Tensor?[] biases, Tensor?[] dense_biases, "
+    "Tensor?[] lora_ups, int[] columns, str[] activations, Tensor?[] gates, Tensor?[] residuals, "
+    f"int version={VERSION}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? lora_down, Tensor? lora_up, Tensor? shift, "
-    "Tensor? score, Tensor? folded_bias, str decision, int dense_tokens=0, "
+    "Tensor? score, Tensor? folded_bias, str decision, int dense_tokens=0, int deflated=0, "
     f"int version={VERSION}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -89,6 +90,7 @@ def _sparsify_reference(
     shift: Tensor | None = None,
     score: Tensor | None = None,
     compensation: str = "norm",
+    deflated: int = 0,
     version: int = VERSION,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_version(version)
@@ -98,7 +100,7 @@ def _sparsify_reference(
             f"sparsify needs K % {layout.BLOCK_COLUMNS} == 0, got K = {x.shape[-1]}; run it dense"
         )
     pruned, keep, scale, t = semantics.sparsify(
-        x, shift=shift, score=score, lora_down=lora_down, compensation=compensation
+        x, shift=shift, score=score, lora_down=lora_down, compensation=compensation, deflated=deflated
     )
     values, metadata = layout.pack(pruned, keep)
     return values, metadata, scale, t
@@ -113,6 +115,7 @@ def _sparsify_fake(
     shift: Tensor | None = None,
     score: Tensor | None = None,
     compensation: str = "norm",
+    deflated: int = 0,
     version: int = VERSION,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_version(version)
@@ -183,6 +186,7 @@ def _linears(
     score: Tensor | None = None,
     lora_down: Tensor | None = None,
     compensation: str = "norm",
+    deflated: int = 0,
     biases: Sequence[Tensor | None],
     dense_biases: Sequence[Tensor | None],
     lora_ups: Sequence[Tensor | None],
@@ -228,6 +232,7 @@ def _linears(
         score=score,
         lora_down=lora_down,
         compensation=compensation,
+        deflated=deflated,
     )
     outputs = []
     for i, weight in enumerate(weights):
@@ -290,6 +295,7 @@ def _linear(
     folded_bias: Tensor | None,
     decision: str,
     dense_tokens: int = 0,
+    deflated: int = 0,
     version: int = VERSION,
 ) -> Tensor:
     _check_version(version)

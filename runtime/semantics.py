@@ -12,17 +12,20 @@ Notation, used everywhere in this project:
     keep = top-2 of q in each group of 4 neighbours along K; ties go to the lower index
     z̃    = z where kept, else 0
     s    = sqrt(Σ z² / (Σ z̃² + 1e-8))  one per row   (compensation "norm"; 1 for "native")
-    t    = z · Aᵀ                      rounded to X's dtype
     y    = s · (z̃ · Wᵀ) + t · Bᵀ + b   b: bias per channel, or per sample and channel
 
 What may hold one row a sample (μ, b, adaLN's mult and add, the gate) comes in any shape of S·K or S·N
 elements; row i of M belongs to sample i // (M / S).
 
-Arithmetic is fp32 for bf16, fp16 and fp32 inputs and fp64 for fp64 inputs; z, z̃, t and y are rounded to X's
-dtype once each. A NaN or Inf in row i may poison row i, never another row: a NaN score counts as +Inf, so the
-non-finite value is kept and reaches the output. An all-zero row gives exactly t · Bᵀ + b.
+Deflation (D > 0) takes X's leading directions out before pruning: they cross the layer densely through the
+branch, and only what is left of X is pruned. It needs no further product: t is the branch's anyway.
 
-Source: RT-Lynx (arXiv 2605.26632): 2:4 activation sparsity, norm compensation and the LoRA branch.
+Arithmetic is fp32 for bf16, fp16 and fp32 inputs and fp64 for fp64 inputs; x₀, z, z̃, t and y are rounded to
+X's dtype once each. A NaN or Inf in row i may poison row i, never another row: a NaN score counts as +Inf, so
+the non-finite value is kept and reaches the output. An all-zero row gives exactly t · Bᵀ + b.
+
+Source: RT-Lynx (arXiv 2605.26632): 2:4 activation sparsity, norm compensation and the LoRA branch. Shift and
+deflation are ours; a dense low-rank branch that takes load off a coarse one is SVDQuant's idea (2411.05007).
 """
 
 from __future__ import annotations
@@ -175,6 +178,7 @@ def sparsify(
     score: Tensor | None = None,
     lora_down: Tensor | None = None,
     compensation: str = "norm",
+    deflated: int = 0,
 ) -> Sparsified:
     """Prune X (M, K) to 2:4 and compute what restores it.
 
@@ -186,8 +190,14 @@ def sparsify(
         raise ValueError(f"2:4 sparsity needs K to be a multiple of {GROUP}, got K = {x.shape[-1]}")
     if compensation not in COMPENSATIONS:
         raise ValueError(f"unknown compensation {compensation!r}; one of {', '.join(COMPENSATIONS)}")
+    rank = 0 if lora_down is None else lora_down.shape[0]
+    if not 0 <= deflated <= rank:
+        raise ValueError(f"deflated={deflated} counts leading rows of lora_down, which has {rank}")
     acc = compute_dtype(x.dtype)
     z = x if shift is None else (x.to(acc) - _per_row(shift.to(acc), x)).to(x.dtype)
+    t = x.new_empty(x.shape[0], 0) if lora_down is None else (z.to(acc) @ lora_down.to(acc).T).to(x.dtype)
+    if lora_down is not None and deflated:
+        z = (z.to(acc) - t[:, :deflated].to(acc) @ lora_down[:deflated].to(acc)).to(x.dtype)
     q = z.to(acc).abs() if score is None else z.to(acc).abs() * score.to(acc)
     keep = keep_mask(q)
     pruned = torch.where(keep, z, torch.zeros((), dtype=z.dtype, device=z.device))
@@ -195,7 +205,6 @@ def sparsify(
         scale = (z.to(acc).square().sum(-1) / (pruned.to(acc).square().sum(-1) + NORM_EPS)).sqrt()
     else:
         scale = torch.ones(x.shape[0], dtype=acc, device=x.device)
-    t = x.new_empty(x.shape[0], 0) if lora_down is None else (z.to(acc) @ lora_down.to(acc).T).to(x.dtype)
     return Sparsified(pruned, keep, scale, t)
 
 

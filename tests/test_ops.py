@@ -47,20 +47,22 @@ def test_metadata_words_are_where_wgmma_reads_them():
     compensation=st.sampled_from(semantics.COMPENSATIONS),
     with_vectors=st.booleans(),
     samples=st.sampled_from([1, 2]),
+    deflate=st.booleans(),
     activation=st.sampled_from(list(semantics.ACTIVATIONS)),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_two_ops_compose_to_the_semantics(
-    m, k, n, rank, dtype, compensation, with_vectors, samples, activation
+    m, k, n, rank, dtype, compensation, with_vectors, samples, deflate, activation
 ):
     m *= samples
     x, w, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(samples, n).to(dtype)
     down = torch.randn(rank, k).to(dtype) if rank else None
     up = torch.randn(n, rank).to(dtype) if rank else None
     vectors = {"shift": torch.randn(samples, k), "score": torch.rand(k)} if with_vectors else {}
-    got = ops.sparsify("identity", [x], lora_down=down, compensation=compensation, **vectors)
+    vectors |= {"deflated": min(rank, 16) if deflate else 0, "compensation": compensation}
+    got = ops.sparsify("identity", [x], lora_down=down, **vectors)
     y = ops.sparse_linear(*got, w, lora_up=up, bias=bias, activation=activation)
-    expected = semantics.sparsify(x, lora_down=down, compensation=compensation, **vectors)
+    expected = semantics.sparsify(x, lora_down=down, **vectors)
     reference = semantics.sparse_linear(
         expected.pruned, expected.scale, expected.t, w, lora_up=up, bias=bias, activation=activation
     )
@@ -80,7 +82,7 @@ def test_opcheck_sparsify(producer):
     }
     torch.library.opcheck(ops.sparsify, (producer, inputs), kwargs)
     per_sample = torch.randn(2, 1, kwargs["lora_down"].shape[1])
-    torch.library.opcheck(ops.sparsify, (producer, inputs), {**kwargs, "shift": per_sample})
+    torch.library.opcheck(ops.sparsify, (producer, inputs), {**kwargs, "shift": per_sample, "deflated": 16})
     values, _, scale, t = ops.sparsify(producer, inputs, **kwargs)
     assert scale.shape == (10,)
     assert t.shape == (10, 16)

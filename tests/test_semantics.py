@@ -102,16 +102,49 @@ def test_epilogue_is_residual_plus_gate_times_activation(activation):
 def test_shift_and_bias_hold_one_row_a_sample(samples):
     """Each sample alone with its own row gives the same as all together, whatever shape the rows come in."""
     m, k, n = 6, 64, 16
-    x, w = torch.randn(m, k), torch.randn(n, k)
-    down, up = torch.randn(16, k), torch.randn(n, 16)
-    shift, bias = torch.randn(samples, 1, k), torch.randn(samples, n)
+    x, w, down, up, shift, bias = (
+        torch.randn(size, dtype=torch.float64)
+        for size in ((m, k), (n, k), (16, k), (n, 16), (samples, 1, k), (samples, n))
+    )
 
     def layer(rows, mu, b):
         got = semantics.sparsify(rows, shift=mu, lora_down=down)
         return semantics.sparse_linear(got.pruned, got.scale, got.t, w, lora_up=up, bias=b)
 
     parts = [layer(rows, shift[i, 0], bias[i]) for i, rows in enumerate(x.chunk(samples))]
-    torch.testing.assert_close(layer(x, shift, bias), torch.cat(parts), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(layer(x, shift, bias), torch.cat(parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_deflation_takes_the_leading_directions_out_and_the_branch_carries_them(dtype):
+    """X within the span of A₁ crosses the layer exactly, however its channels would have been pruned."""
+    m, k, n, rank, deflated = 5, 64, 16, 6, 4
+    basis = torch.linalg.qr(torch.randn(k, deflated, dtype=torch.float64))[0].T
+    down = torch.cat([basis, torch.randn(rank - deflated, k, dtype=torch.float64)]).to(dtype)
+    w, shift = torch.randn(n, k, dtype=torch.float64).to(dtype), torch.randn(k, dtype=torch.float64).to(dtype)
+    x0 = torch.randn(m, deflated, dtype=torch.float64) @ basis
+    got = semantics.sparsify((x0 + shift).to(dtype), shift=shift, lora_down=down, deflated=deflated)
+    t = ((x0 + shift).to(dtype).double() - shift.double()).to(dtype).double() @ down.double().T
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.t.double(), t, rtol=tolerance, atol=tolerance)
+    assert got.pruned.double().abs().max() < 4 * tolerance
+    up = torch.cat([(w.double() @ basis.T), torch.zeros(n, rank - deflated)], 1).to(dtype)
+    bias = w.double() @ shift.double()
+    y = semantics.sparse_linear(got.pruned, got.scale, got.t, w, lora_up=up, bias=bias)
+    reference = (x0 + shift.double()) @ w.double().T
+    torch.testing.assert_close(y.double(), reference, rtol=10 * tolerance, atol=40 * tolerance)
+
+
+def test_deflation_prunes_what_is_left_and_scales_by_its_norm():
+    x, down = torch.randn(3, 64, dtype=torch.float64), torch.randn(2, 64, dtype=torch.float64)
+    got = semantics.sparsify(x, lora_down=down, deflated=1)
+    z = x - (x @ down[0])[:, None] * down[0]
+    plain = semantics.sparsify(z)
+    torch.testing.assert_close(got.pruned, plain.pruned)
+    torch.testing.assert_close(got.scale, plain.scale)
+    torch.testing.assert_close(got.t, x @ down.T)
+    with pytest.raises(ValueError, match="deflated=3"):
+        semantics.sparsify(x, lora_down=down, deflated=3)
 
 
 def test_samples_that_do_not_share_the_rows_are_refused():
