@@ -234,6 +234,11 @@ def test_study_fills_the_table() -> None:
         "kid_ci",
         "calibration_s",
     }
+    found = study.ground.studies["sensitivity"]
+    assert set(found["layers"]) == set(study.ground.names)
+    assert set(found["class"]) == {"q", "k", "out"}
+    assert set(found["block"]) == {"blocks.0", "blocks.1"}
+    assert -1 <= found["spearman"]["output"] <= found["spearman"]["velocity"] <= 1
     watched = study.ground.studies["recipe_against_closed_form"]
     assert [step for step, _, _ in watched["history"]] == list(range(21))
     assert watched["history"][-1][2] < watched["history"][0][2]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..calibration.choose import Chooser, chooser_for
@@ -134,6 +135,7 @@ class Ground:
             profile, branches = self.shifted.profile, self.shifted.branches
             made = chooser_for(study, profile, branches, FLOPS, self.settings.distilled_share, text)
         self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
+        self.studies["sensitivity"] = sensitivity_study(study, profile, branches)
         return made
 
     def choice(self, share: float) -> Choice:
@@ -143,6 +145,36 @@ class Ground:
             with self.choosing.running():
                 self._choices[share] = chooser.choose(speed=speed_of(share))
         return self._choices[share]
+
+
+def sensitivity_study(study: Sensitivity, profile: Profile, branches: Mapping[str, Branch]) -> dict[str, Any]:
+    """What each layer, class and block does to the sample, beside the layers' own errors, as JSON values.
+
+    spearman: rank correlation over the layers of the effect on the sample with the layer's own output error,
+    and with the velocity's error.
+    """
+    layers = {}
+    for name, layer in profile.layers.items():
+        layers[name] = {"output": layer.error_after or 0.0, **layer.sensitivity}
+    units = {}
+    for by in ("class", "block"):
+        effects = study.measure(branches, by)
+        units[by] = {unit: {"velocity": e.velocity, "sample": e.sample} for unit, e in effects.items()}
+    columns = {
+        key: torch.tensor([row[key] for row in layers.values()]) for key in ("output", "velocity", "sample")
+    }
+    ranks = {key: column.argsort().argsort().double() for key, column in columns.items()}
+    spearman = {
+        key: float(torch.corrcoef(torch.stack([ranks[key], ranks["sample"]]))[0, 1])
+        for key in ("output", "velocity")
+    }
+    return {
+        "layers": layers,
+        **units,
+        "spearman": spearman,
+        "dense_first_steps": profile.studies["dense_first_steps"],
+        "interactions": profile.studies["interactions"],
+    }
 
 
 def branches_of(profile: Profile, model: nn.Module) -> dict[str, Branch]:
