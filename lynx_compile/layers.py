@@ -22,7 +22,7 @@ from .runtime.ops import linear as marked_linear
 
 DECISIONS = ("sparse", "dense")
 _BUFFERS = ("lynx_down", "lynx_up", "lynx_shift", "lynx_score", "lynx_bias")
-_ATTRIBUTES = ("lynx_decision", "lynx_reason", "lynx_dense_tokens", "lynx_switch")
+_ATTRIBUTES = ("lynx_decision", "lynx_reason", "lynx_dense_tokens", "lynx_deflated", "lynx_switch")
 
 
 class Switch(Protocol):
@@ -37,7 +37,8 @@ class LynxLinear(nn.Linear):
     lynx_down (R, K), lynx_up (N, R): the compensating LoRA branch.  lynx_shift (K,): μ.  lynx_score (K,): c.
     lynx_bias (N,): b + W·μ, made from the shift.  Each may be None.
     lynx_decision: "sparse", "dense" or None (the policy decides).  lynx_reason: why, for people.
-    lynx_dense_tokens: leading tokens of each sample that stay dense.  lynx_switch: says when all do.
+    lynx_dense_tokens: leading tokens of each sample that stay dense.  lynx_deflated: how many leading rows of
+    lynx_down are taken out of x before pruning.  lynx_switch: says when all layers run dense.
     """
 
     lynx_down: Tensor | None
@@ -48,6 +49,7 @@ class LynxLinear(nn.Linear):
     lynx_decision: str | None
     lynx_reason: str
     lynx_dense_tokens: int
+    lynx_deflated: int
     lynx_switch: Switch | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -75,6 +77,7 @@ class LynxLinear(nn.Linear):
             self.lynx_bias,
             "dense" if dense_now else self.lynx_decision or "",
             self.lynx_dense_tokens,
+            self.lynx_deflated,
         )
 
 
@@ -88,11 +91,13 @@ def attach(
     decision: str | None = None,
     reason: str = "",
     dense_tokens: int = 0,
+    deflated: int = 0,
     switch: Switch | None = None,
 ) -> LynxLinear:
     """Make an `nn.Linear` a `LynxLinear` in place, or replace what one carries; returns the module.
 
-    down (R, K) and up (N, R) come together; shift and score are (K,). Tensors are moved to the weight's
+    down (R, K) and up (N, R) come together; shift and score are (K,); the first `deflated` rows of down are
+    taken out of x before pruning, and the same columns of up carry them. Tensors are moved to the weight's
     device and dtype; layers that are given one tensor object (down or shift of Q, K and V) share its work.
     Raises TypeError for a module that is no plain linear layer, ValueError for a shape or decision that does
     not fit.
@@ -115,6 +120,8 @@ def attach(
             raise ValueError(f"{name} is {tuple(given.shape)}; a layer of (N, K) = {(n, k)} needs {shape}")
     if decision is not None and decision not in DECISIONS:
         raise ValueError(f"decision={decision!r} is unknown; give 'sparse', 'dense' or None")
+    if not 0 <= deflated <= rank:
+        raise ValueError(f"deflated={deflated} counts leading rows of down, which has {rank}")
     if dense_tokens < 0:
         raise ValueError(f"dense_tokens={dense_tokens} is negative; it counts leading tokens of a sample")
     _become(module, LynxLinear)
@@ -128,7 +135,7 @@ def attach(
         module.register_buffer(name, placed, persistent=False)
     module.register_buffer("lynx_bias", _fold(weight, module.bias, module.lynx_shift), persistent=False)
     module.lynx_decision, module.lynx_reason = decision, reason
-    module.lynx_dense_tokens, module.lynx_switch = dense_tokens, switch
+    module.lynx_dense_tokens, module.lynx_deflated, module.lynx_switch = dense_tokens, deflated, switch
     return module
 
 

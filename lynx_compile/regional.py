@@ -63,6 +63,7 @@ def pattern(block: nn.Module) -> Hashable:
             name,
             module.lynx_decision,
             module.lynx_dense_tokens,
+            module.lynx_deflated,
             module.lynx_switch is not None,
             tuple(
                 None if buffer is None else first.setdefault(id(buffer), len(first))

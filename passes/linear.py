@@ -38,6 +38,8 @@ class Linear:
     obstacle: why it cannot be sparse whatever is wished, None if it can.
     min_tokens: with fewer it runs dense, which for a symbolic M is decided at run time.
     dense_tokens: leading tokens of each sample that stay dense (`rows` splits them off).
+    deflated: leading rows of `down` taken out of X before pruning; such layers share a `sparsify` only with
+    one `down`.
     """
 
     node: fx.Node
@@ -59,6 +61,7 @@ class Linear:
     folded_bias: fx.Node | None = None
     min_tokens: int = 0
     dense_tokens: int = 0
+    deflated: int = 0
 
 
 def find_linears(graph: fx.Graph) -> list[Linear]:
@@ -87,6 +90,7 @@ def match_linear(node: fx.Node) -> Linear | None:
         data = {"down": down, "up": up, "shift": shift, "score": score, "folded_bias": folded}
         data["wish"] = wish or None
         data["dense_tokens"] = node.args[9] if len(node.args) > 9 else 0
+        data["deflated"] = node.args[10] if len(node.args) > 10 else 0
     else:
         return _match_disguised(node)
     x_value, w_value, out = tensor(x), tensor(weight), tensor(node)
@@ -140,7 +144,7 @@ def _source(linear: Linear, mutations: Mutations) -> fx.Node:
 
 @dataclass
 class _Group:
-    """Layers that share one `sparsify`: the same rows of X, shift and score."""
+    """Layers that share one `sparsify`: the same rows of X, shift, score and deflation."""
 
     source: fx.Node
     members: list[Linear]
@@ -149,6 +153,8 @@ class _Group:
         first = self.members[0]
         same_x = source is self.source and linear.dtype == first.dtype
         same_data = linear.shift is first.shift and linear.score is first.score
+        same_data &= linear.deflated == first.deflated
+        same_data &= not linear.deflated or linear.down is first.down
         return same_x and same_data and not mutations.between(source, first.node, linear.node)
 
     def rewrite(self, compensation: str, mutations: Mutations) -> None:
@@ -157,6 +163,8 @@ class _Group:
         first = members[0]
         source = first.x if self.source is self.members[0].x else skip_row_views(first.x)
         data = {name: node for name in ("shift", "score") if (node := getattr(first, name)) is not None}
+        if first.deflated:  # its rows come first in the stack: they are the first member's first branch
+            data["deflated"] = first.deflated
         x = cast(source, first.dtype, first.node)
         sparsified = insert(
             first.node, ops.sparsify, ("identity", [x]), first.node, **data, compensation=compensation

@@ -39,6 +39,8 @@ def fold(graph: fx.Graph, match: Match) -> int:
     for node in list(graph.nodes):
         if node.target is not ops.sparsify or node.args[0] != "identity":
             continue
+        if node.kwargs.get("deflated"):  # reads X twice: once for t, once for what t leaves
+            continue
         x = node.args[1][0]
         if any(not _is_identity_sparsify(user) for user in real_users(x)):
             continue

@@ -43,7 +43,8 @@ def _split(linear: Linear, slices: dict[tuple[fx.Node, int, bool], fx.Node]) -> 
         return slices[key]
 
     dense = insert(node, torch._C._nn.linear, (part(True), *node.args[1:3]), node)
-    rest = insert(node, node.target, (part(False), *node.args[1:_DENSE_TOKENS]), node)
+    data = (*node.args[1:_DENSE_TOKENS], 0, *node.args[_DENSE_TOKENS + 1 :])
+    rest = insert(node, node.target, (part(False), *data), node)
     rest.meta["example_value"] = out[:, tokens:]
     replace(node, insert(node, torch.cat, ([dense, rest], 1), node))
     found = match_linear(rest)

@@ -49,11 +49,16 @@ def test_attached_is_the_dense_layer_everywhere_else():
     assert torch.equal(module(X), want)
 
 
-def test_the_backend_uses_the_data():
-    module = attach(linear(), **data(), decision="sparse")
+@pytest.mark.parametrize("deflated", [0, 5, 16])
+def test_the_backend_uses_the_data(deflated):
+    module = attach(linear(), **data(), decision="sparse", deflated=deflated)
     got = torch.compile(module, backend="rt_lynx", fullgraph=True, options=OPTIONS)(X)
     s = semantics.sparsify(
-        X.reshape(-1, 64), shift=module.lynx_shift, score=module.lynx_score, lora_down=module.lynx_down
+        X.reshape(-1, 64),
+        shift=module.lynx_shift,
+        score=module.lynx_score,
+        lora_down=module.lynx_down,
+        deflated=deflated,
     )
     want = semantics.sparse_linear(
         s.pruned, s.scale, s.t, module.weight, lora_up=module.lynx_up, bias=module.lynx_bias
@@ -78,6 +83,25 @@ def test_new_data_needs_no_compilation():
     attach(module, **data(), decision="sparse")
     assert not torch.allclose(compiled(X), first)
     assert len(lynx_compile.report().graphs) == 1
+
+
+def test_deflation_is_shared_only_with_one_down_projection():
+    model, common = Two(), data()["down"]
+    for down, sparsifies in ((common, 1), (common.clone(), 2)):
+        attach(model.q, down=common, up=torch.randn(32, 16), decision="sparse", deflated=16)
+        attach(model.k, down=down, up=torch.randn(48, 16), decision="sparse", deflated=16)
+        found = []
+
+        def backend(gm, inputs, found=found):
+            lynx_compile.rewrite(gm, {"emulate": True, "strict": True})
+            found += [node for node in gm.graph.nodes if "sparsify" in str(node.target)]
+            return gm.forward
+
+        torch._dynamo.reset()
+        torch.compile(model, backend=backend, fullgraph=True)(X)
+        assert [node.kwargs["deflated"] for node in found] == [16] * sparsifies
+    with pytest.raises(ValueError, match="deflated=17"):
+        attach(model.q, down=common, up=torch.randn(32, 16), deflated=17)
 
 
 class Two(nn.Module):

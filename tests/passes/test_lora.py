@@ -51,14 +51,16 @@ def test_form(form):
     torch.testing.assert_close(gm(X.double(), SCALE.double()), want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("deflated", [0, 16])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_beside_a_compensating_branch(shifted):
+def test_beside_a_compensating_branch(shifted, deflated):
     base = attach(
         nn.Linear(64, 64).double().requires_grad_(False),
         down=torch.randn(16, 64, generator=G),
         up=torch.randn(64, 16, generator=G),
         shift=torch.randn(64, generator=G) if shifted else None,
         decision="sparse",
+        deflated=deflated,
     )
     module = function(lambda m, x, s: m.base(x) + adapter(m, x) * s, base=base, lora=low_rank(5))
     module = module.double().eval().requires_grad_(False)

@@ -40,3 +40,14 @@ def test_an_input_without_a_token_dimension_is_left_whole():
     gm = traced(function(lambda m, x: m.q(x[0]), q=q), X)
     (linear,) = passes.find_linears(gm.graph)
     assert passes.split_rows(gm.graph, [linear]) == [linear]
+
+
+def test_the_sparse_rows_keep_their_data():
+    q = attach(
+        nn.Linear(64, 64).double().requires_grad_(False), down=torch.randn(16, 64), up=torch.randn(64, 16),
+        shift=torch.randn(64), dense_tokens=2, deflated=16,
+    )  # fmt: skip
+    gm = traced(function(lambda m, x: m.q(x), q=q), X)
+    (found,) = passes.split_rows(gm.graph, passes.find_linears(gm.graph))
+    assert (found.deflated, found.dense_tokens) == (16, 0)
+    assert None not in (found.down, found.up, found.shift)
