@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lynx_compile.cli import app
 from lynx_compile.cli.demo import summary
-from lynx_compile.demo import VARIANTS, Variant, picture_grid, render, run
+from lynx_compile.demo import ERROR_TITLE, VARIANTS, Variant, error_steps, picture_grid, render, run
 from lynx_compile.demo.layer_error import LayerErrors
 from lynx_compile.evaluation.emoji import load_emoji_pipeline
 from lynx_compile.runtime import semantics
@@ -51,6 +51,7 @@ def result(tiny_pipe):
     for variant in VARIANTS:
         assert told.count(("begin", variant.title)) == 1
         assert told.count(("advance", variant.title)) == 3  # the warm-up step and two
+    assert told[-3:] == [("begin", ERROR_TITLE), *[("advance", ERROR_TITLE)] * error_steps(2)]
     return made
 
 
@@ -175,17 +176,86 @@ def test_missing_model_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_device_or_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch, tiny_pipe):
+def _fails(*arguments: object) -> str:
+    """The one line that `rt-lynx demo` says when it stops at an error."""
+    made = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    assert made.exit_code == 1, made.output
+    assert isinstance(made.exception, SystemExit)  # said, not raised
+    assert made.output.startswith("error: ")
+    assert made.output.count("\n") == 1
+    return made.output
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("meta", "runs on cpu, cuda or one GPU by number"),
+        ("gpu", "runs on cpu, cuda or one GPU by number"),
+        ("", "runs on cpu, cuda or one GPU by number"),
+        ("cuda", "sees no NVIDIA GPU; use --device cpu"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_named(device, said, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    made = CliRunner().invoke(app, ["demo", "--device", "cuda", "--out", str(tmp_path / "out")])
-    assert made.exit_code == 1
-    assert "error: --device cuda" in made.output
+    assert said in (output := _fails("--device", device, "--out", tmp_path / "out"))
+    assert f"--device {device}:" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "--device cuda:2: the GPUs here are cuda:0 to cuda:1" in _fails("--device", "cuda:2")
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\t\n"])
+def test_an_empty_prompt_is_an_error(prompt, tmp_path):
+    assert "--prompt is empty" in _fails("--prompt", "frog, noto", "--prompt", prompt, "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_the_encoder_would_cut_is_an_error(tmp_path, monkeypatch, tiny_pipe):
     monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
+    prompt = "[red]frog[/red] " * 30
+    output = _fails("--prompt", prompt, "--out", tmp_path / "out")
+    assert "and the text encoder reads 32" in output
+    assert "[red]frog[/red]" in output  # the user's brackets, not markup
+    assert not (tmp_path / "out").exists()
+    tokens = tiny_pipe.count_tokens("frog " * 30)
+    assert tokens == tiny_pipe.max_text_tokens  # with the two that mark begin and end: still whole
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch, tiny_pipe):
+    monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
+    monkeypatch.setattr("lynx_compile.cli.demo._run", lambda *_: pytest.fail("the work began"))
     file = tmp_path / "file"
     file.touch()
-    made = CliRunner().invoke(app, ["demo", "--out", str(file)], env={"COLUMNS": "400"})
+    assert f"--out {file}: File exists; give a folder" in _fails("--out", file)
+    assert f"--out {file / 'out'}: Not a directory" in _fails("--out", file / "out")
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert f"--out {tmp_path}: Permission denied; give a folder" in _fails("--out", tmp_path)
+
+
+def test_a_file_that_cannot_be_replaced_is_named(tmp_path, monkeypatch, tiny_pipe):
+    monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
+    (tmp_path / "report.html").mkdir()
+    arguments = ["demo", "--prompt", "frog, noto", "--steps", "1", "--out", str(tmp_path)]
+    made = CliRunner().invoke(app, arguments)
     assert made.exit_code == 1
-    assert f"'{file}'" in made.output
+    assert f"error: {tmp_path / 'report.html'}: Is a directory; give another --out" in made.output
+
+
+def test_a_package_that_is_missing_comes_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    def load(*_):
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    monkeypatch.setattr("lynx_compile.cli.demo._load", load)
+    assert "No module named 'diffusers'" in (output := _fails("--out", tmp_path))
+    assert "pip install 'lynx-compile[demo]'" in output
 
 
 def test_command_writes_grid_and_page(tmp_path, monkeypatch, tiny_pipe):

@@ -90,6 +90,7 @@ class EmojiFluxPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "text_encoder->transformer"
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers reads a class attribute)
     _callback_tensor_inputs = ["latents", "prompt_embeds"]  # noqa: RUF012
+    max_text_tokens = TEXT_TOKENS
 
     transformer: FluxTransformer2DModel
     scheduler: FlowMatchEulerDiscreteScheduler
@@ -121,6 +122,10 @@ class EmojiFluxPipeline(DiffusionPipeline):
         if "text_encoder" not in kwargs:
             kwargs["text_encoder"], kwargs["tokenizer"] = load_text_encoder()
         return super().from_pretrained(str(path), **kwargs)
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens the text encoder would see; those beyond `max_text_tokens` are cut."""
+        return len(self.tokenizer(prompt)["input_ids"])
 
     def encode_prompt(self, prompt: list[str], num_images_per_prompt: int = 1) -> tuple[Tensor, Tensor]:
         """(states (B·n, 32, 384), pooled (B·n, 384)) in the transformer's dtype; each prompt n times."""

@@ -20,7 +20,7 @@ PROMPTS = (
     "rocket, fluent 3d",
     "an octopus, twemoji",
     "sunflower, fluent 3d",
-    "robot, noto",
+    "a house with a garden, noto",
 )
 
 
@@ -30,9 +30,13 @@ def demo(
         list[str] | None,
         typer.Option(help='Own words, with a style: "a red fox, noto" (or twemoji, fluent 3d); repeatable.'),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Picture i starts from the noise of seed + i.")] = 3,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32, help="Picture i starts from the noise of seed + i.")
+    ] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=1.0, help="Scale of classifier-free guidance.")] = 3.5,
+    guidance: Annotated[
+        float, typer.Option(min=1.0, max=100.0, help="Scale of classifier-free guidance.")
+    ] = 3.5,
     out: Annotated[Path, typer.Option(help="Folder for grid.png and report.html.")] = Path("demo_out"),
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")] = None,
     model: Annotated[
@@ -42,30 +46,98 @@ def demo(
 ) -> None:
     """Generate pictures dense and sparse with the shipped emoji model and compare them."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
+    prompts = list(PROMPTS) if not prompt else [words.strip() for words in prompt]
     try:
+        _check_words(prompts)
         with console.status("loading the model"):
             pipe = _load(model, device)
-        out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made ends it before the work
-        result = _run(console, pipe, list(prompt or PROMPTS), seed, steps, guidance)
-    except (OSError, ImportError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        _check_lengths(pipe, prompts)
+        _make_folder(out)
+        result = _run(console, pipe, prompts, seed, steps, guidance)
+        _write(result, out)
+    except (OSError, ImportError, RuntimeError, ValueError) as error:
+        # as text: brackets in a prompt or a path are no markup
+        console.print(Text.assemble(("error: ", "red"), _message(error)), soft_wrap=True)
         raise typer.Exit(1) from error
-    from ..demo import picture_grid, render
-
-    picture_grid(result).save(out / "grid.png", optimize=True)
-    (out / "report.html").write_text(render(result), encoding="utf-8")
     console.print(summary(result))
     if result.emulated:
         console.print(
             "No kernels for this device: the sparse variants were emulated, so their seconds say nothing.",
             style="dim",
         )
-    console.print(f"{out / 'grid.png'}\n{out / 'report.html'}", highlight=False)
+    console.print(Text(f"{out / 'grid.png'}\n{out / 'report.html'}"), soft_wrap=True)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; the demo needs more packages: python -m pip install 'lynx-compile[demo]'"
+    return str(error)
+
+
+def _check_words(prompts: list[str]) -> None:
+    if not all(prompts):
+        raise ValueError('--prompt is empty; say what to draw and a style, e.g. --prompt "a red fox, noto"')
+
+
+def _check_lengths(pipe: Any, prompts: list[str]) -> None:
+    for prompt in prompts:
+        tokens = pipe.count_tokens(prompt)
+        if tokens > pipe.max_text_tokens:
+            shown = prompt if len(prompt) <= 60 else prompt[:60] + "…"
+            raise ValueError(
+                f'--prompt "{shown}" has {tokens} tokens and the text encoder reads {pipe.max_text_tokens} '
+                "(about 25 words); shorten it"
+            )
+
+
+def _make_folder(out: Path) -> None:
+    """Before the work: a folder that cannot be made or written would lose it."""
+    import tempfile
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise OSError(f"--out {out}: {error.strerror}; give a folder that can be written") from error
+
+
+def _write(result: Demo, out: Path) -> None:
+    from ..demo import picture_grid, render
+
+    try:
+        picture_grid(result).save(out / "grid.png", optimize=True)
+        (out / "report.html").write_text(render(result), encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{error.filename or out}: {error.strerror or error}; give another --out") from error
+
+
+def _device(device: str | None) -> Any:
+    """The torch device of `--device`; RuntimeError when the demo cannot run there."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"--device {device}: the demo runs on cpu, cuda or one GPU by number, as cuda:0")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"--device {device}: torch {torch.__version__} sees no NVIDIA GPU; use --device cpu"
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise RuntimeError(f"--device {device}: the GPUs here are cuda:0 to cuda:{last}")
+    return chosen
 
 
 def _load(model: Path | None, device: str | None) -> Any:
+    chosen = _device(device)
     import diffusers
     import torch
     import transformers
@@ -74,11 +146,6 @@ def _load(model: Path | None, device: str | None) -> Any:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"--device {device}: torch {torch.__version__} sees no NVIDIA GPU; use --device cpu"
-        )
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     return load_emoji_pipeline(model, dtype=dtype).to(chosen)
 
@@ -86,14 +153,12 @@ def _load(model: Path | None, device: str | None) -> Any:
 def _run(console: Any, pipe: Any, prompts: list[str], seed: int, steps: int, guidance: float) -> Demo:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..demo import VARIANTS, run
+    from ..demo import ERROR_TITLE, VARIANTS, error_steps, run
 
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        bars = {
-            variant.title: progress.add_task(variant.title, total=steps + 1, start=False)
-            for variant in VARIANTS
-        }
+        totals = {variant.title: steps + 1 for variant in VARIANTS} | {ERROR_TITLE: error_steps(steps)}
+        bars = {title: progress.add_task(title, total=total, start=False) for title, total in totals.items()}
 
         def begin(title: str) -> None:
             progress.start_task(bars[title])
@@ -118,6 +183,6 @@ def summary(result: Demo) -> Table:
     for outcome in result.outcomes:
         moved = outcome.distance
         cells = ["–", "–"] if moved is None else [f"{moved.psnr.value:.2f}", f"{moved.ssim.value:.3f}"]
-        cells += [f"{outcome.sparse_share:.1%}", f"{outcome.seconds:.1f}"]
+        cells += [f"{outcome.sparse_share:.1%}", f"{outcome.seconds:.2f}"]
         table.add_row(outcome.variant.title, *cells, *([f"{outcome.step_ms:.2f}"] if on_gpu else []))
     return table

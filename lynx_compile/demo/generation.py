@@ -20,6 +20,7 @@ from ..runtime import kernels
 from .layer_error import LayerErrors
 
 ERROR_STEPS = 3  # of the short dense run on which layer errors are measured
+ERROR_TITLE = "layer errors"
 
 Told = Callable[[str], None]  # takes a variant's title
 
@@ -98,7 +99,8 @@ def run(
 
     pipe: a pipeline with a `transformer`, called as `EmojiFluxPipeline` is; the first variant is the dense
     one that the others are compared with. Without kernels for the pipeline's device the sparse variants are
-    emulated. begin is told a variant's title before its first step, advance after each of its steps + 1.
+    emulated. begin is told a variant's title before its first step, advance after each of its steps + 1; last
+    come the steps of `error_steps(steps)` under `ERROR_TITLE`.
     Raises ValueError when the first variant is sparse, RuntimeError when a sparse one has no sparse layer.
     """
     if not variants or variants[0].compensation is not None:
@@ -118,8 +120,14 @@ def run(
             demo.outcomes.append(outcome)
     finally:
         pipe.transformer = model
-    demo.layer_errors = _layer_errors(pipe, demo)
+    begin(ERROR_TITLE)
+    demo.layer_errors = _layer_errors(pipe, demo, advance)
     return demo
+
+
+def error_steps(steps: int) -> int:
+    """Steps of the run on which layer errors are measured, for pictures of `steps` steps."""
+    return min(ERROR_STEPS, steps)
 
 
 def _needs_emulation(model: torch.nn.Module) -> bool:
@@ -193,11 +201,16 @@ def _sample(pipe: Any, demo: Demo, steps: int, noise: int, after_step: Any = Non
     ).images
 
 
-def _layer_errors(pipe: Any, demo: Demo) -> dict[str, dict[str, float]]:
+def _layer_errors(pipe: Any, demo: Demo, advance: Told) -> dict[str, dict[str, float]]:
     """Of the layers that became sparse, over a short dense run of the same prompts."""
+
+    def after_step(_: Any, step: int, __: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        advance(ERROR_TITLE)
+        return state
+
     errors = LayerErrors()
     with errors.observing(pipe.transformer):
-        _sample(pipe, demo, min(ERROR_STEPS, demo.steps), noise=0)
+        _sample(pipe, demo, error_steps(demo.steps), noise=0, after_step=after_step)
     made = next((outcome.report for outcome in demo.outcomes if outcome.report), None)
     measured = errors.relative()
     names = [row.name for row in made.rows if row.decision == "sparse"] if made else []
