@@ -192,6 +192,7 @@ def _fails(*arguments: object) -> str:
         ("meta", "runs on cpu, cuda or one GPU by number"),
         ("gpu", "runs on cpu, cuda or one GPU by number"),
         ("", "runs on cpu, cuda or one GPU by number"),
+        ("cpu:3", "runs on cpu, cuda or one GPU by number"),
         ("cuda", "sees no NVIDIA GPU; use --device cpu"),
     ],
 )
@@ -212,6 +213,10 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 def test_an_empty_prompt_is_an_error(prompt, tmp_path):
     assert "--prompt is empty" in _fails("--prompt", "frog, noto", "--prompt", prompt, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_of_undecodable_bytes_is_an_error(tmp_path):
+    assert r"--prompt '\udcff fox' is no text" in _fails("--prompt", "\udcff fox", "--out", tmp_path)
 
 
 def test_a_prompt_that_the_encoder_would_cut_is_an_error(tmp_path, monkeypatch, tiny_pipe):

@@ -49,7 +49,7 @@ def demo(
     from rich.text import Text
 
     console = Console()
-    prompts = list(PROMPTS) if not prompt else [words.strip() for words in prompt]
+    prompts = list(PROMPTS) if not prompt else [" ".join(words.split()) for words in prompt]
     try:
         _check_words(prompts)
         with console.status("loading the model"):
@@ -80,6 +80,9 @@ def _message(error: Exception) -> str:
 def _check_words(prompts: list[str]) -> None:
     if not all(prompts):
         raise ValueError('--prompt is empty; say what to draw and a style, e.g. --prompt "a red fox, noto"')
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of undecodable bytes
+            raise ValueError(f"--prompt {ascii(prompt)} is no text in the terminal's encoding")
 
 
 def _check_lengths(pipe: Any, prompts: list[str]) -> None:
@@ -124,7 +127,7 @@ def _device(device: str | None) -> Any:
         chosen = torch.device(device)
     except RuntimeError:
         chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    if chosen is None or chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index):
         raise RuntimeError(f"--device {device}: the demo runs on cpu, cuda or one GPU by number, as cuda:0")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
