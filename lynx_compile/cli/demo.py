@@ -82,7 +82,7 @@ def _check_words(prompts: list[str]) -> None:
         raise ValueError('--prompt is empty; say what to draw and a style, e.g. --prompt "a red fox, noto"')
     for prompt in prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of undecodable bytes
-            raise ValueError(f"--prompt {ascii(prompt)} is no text in the terminal's encoding")
+            raise ValueError(f"--prompt {prompt!a} is no text in the terminal's encoding")
 
 
 def _check_lengths(pipe: Any, prompts: list[str]) -> None:
