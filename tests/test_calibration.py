@@ -190,6 +190,21 @@ def test_deterministic_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(counted) < 6
 
 
+def test_branches_of_their_own_fit_better() -> None:
+    shared, own = (calibrate(make_workload(), rank=8, shared=s, quiet=True).layers for s in (True, False))
+    pair = [f"blocks.0.{name}" for name in ("to_q", "to_k")]
+    assert torch.equal(shared[pair[0]].branch.down, shared[pair[1]].branch.down)
+    assert not torch.equal(own[pair[0]].branch.down, own[pair[1]].branch.down)
+    assert sum(own[name].error_after for name in pair) < sum(shared[name].error_after for name in pair)
+    assert own[pair[1]].branch.shift is own[pair[0]].branch.shift
+
+
+def test_state_of_another_rank_is_not_used(tmp_path: Path) -> None:
+    calibrate(make_workload(), rank=8, quiet=True, state=tmp_path)
+    profile = calibrate(make_workload(), rank=16, quiet=True, state=tmp_path)
+    assert {layer.branch.rank for layer in profile.layers.values()} == {16}
+
+
 def make_workload_like(workload: Inputs) -> Inputs:
     return Inputs(workload.model, workload.inputs)
 

@@ -58,6 +58,7 @@ class Collector:
 
     dense_tokens: layer → leading tokens of each sample to leave out.  memory: bytes of device memory for
     moments. state: folder for what a resumed run needs; None keeps nothing.  quiet: no progress bar.
+    purpose: what `solve` depends on; state kept for another purpose is not used.
     """
 
     workload: Workload
@@ -67,6 +68,7 @@ class Collector:
     memory: int = 8 << 30
     state: Path | None = None
     quiet: bool = False
+    purpose: str = ""
 
     def __post_init__(self) -> None:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -207,6 +209,7 @@ class Collector:
             sorted(self.dense_tokens.items()),
             self.memory,
             self.world,
+            self.purpose,
         )
         return f"{type(model).__name__} {self.workload.identity} {settings}"
 

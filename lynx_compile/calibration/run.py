@@ -30,6 +30,7 @@ def calibrate(
     rank: int = RANK,
     total_rank: int | None = None,
     shift: bool = True,
+    shared: bool = True,
     compensation: str = "norm",
     dense_tokens: Mapping[str, int] | None = None,
     steps: int = 20,
@@ -40,13 +41,12 @@ def calibrate(
 ) -> Profile:
     """Run the workload and fit every candidate layer's shift and LoRA branch in closed form.
 
-    Layers that read one X share its shift and their branches' down-projection.
-
     rank: of every layer's branch, cut to K and to the outputs of the layers that share it.  total_rank:
     instead, a budget over all layers, spent where it takes off most error (no layer above 4·rank).  shift:
-    prune around each input's mean.  dense_tokens: glob on layer names → leading tokens of each sample that
-    stay dense.  steps: denoising steps of one run.  memory: bytes of device memory for statistics.  state:
-    folder from which a killed run goes on.
+    prune around each input's mean.  shared: layers that read one X share their branches' down-projection;
+    without, each has its own, which fits better and costs its own time.  dense_tokens: glob on layer names →
+    leading tokens of each sample that stay dense.  steps: denoising steps of one run.  memory: bytes of
+    device memory for statistics.  state: folder from which a killed run goes on.
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
@@ -59,19 +59,30 @@ def calibrate(
         for pattern, tokens in (dense_tokens or {}).items()
         if fnmatchcase(name, pattern)
     }
-    collector = Collector(
-        workload, compensation, shift, text, memory, None if state is None else Path(state), quiet
-    )
-    linears = collector.linears
     most = rank if total_rank is None else 4 * rank
+    folder = None if state is None else Path(state)
+    purpose = f"rank {most}, {'shared' if shared else 'separate'}"
+    collector = Collector(workload, compensation, shift, text, memory, folder, quiet, purpose)
+    linears = collector.linears
 
     def solve(names: list[str], moments: Moments, mean: Tensor | None) -> dict[str, Tensor]:
-        weights = {name: linears[name].weight for name in names}
-        mu = None if mean is None else mean.to(weights[names[0]].device)
-        return to_state(lora_branches(moments, mu, weights, most))
+        mu = None if mean is None else mean.to(linears[names[0]].weight.device)
+        kept: dict[str, Tensor] = {}
+        for together in sharing(names):
+            weights = {name: linears[name].weight for name in together}
+            kept |= to_state(lora_branches(moments, mu, weights, most))
+        return kept
+
+    def sharing(names: list[str]) -> list[list[str]]:
+        return [names] if shared else [[name] for name in names]
 
     found, kept = collector.run(solve)
-    fitted = {leader: from_state(group, kept) for leader, group in found.groups.items()}
+    leaders = {name: leader for leader, names in found.groups.items() for name in names}
+    fitted = {
+        together[0]: from_state(together, kept)
+        for names in found.groups.values()
+        for together in sharing(names)
+    }
     ranks = dict.fromkeys(fitted, rank) if total_rank is None else allocate_ranks(fitted, {}, total_rank)
     layers: dict[str, Layer] = {}
     for leader, group in fitted.items():
@@ -84,7 +95,12 @@ def calibrate(
                 True,
                 "candidate",
                 Branch(
-                    down, up, found.means[leader] if shift else None, None, compensation, text.get(name, 0)
+                    down,
+                    up,
+                    found.means[leaders[name]] if shift else None,
+                    None,
+                    compensation,
+                    text.get(name, 0),
                 ),
                 found.tokens[name],
                 fit.error(0),
