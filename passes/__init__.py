@@ -14,6 +14,7 @@ from .lora import join_lora
 from .norm import fold_norms, match_norm
 from .normalize import normalize
 from .producer import Producer, recognise
+from .rotary import fold_rotations
 from .rows import split_rows
 
 # What runs once the chosen layers are sparse, in the best order; any other is as correct.
@@ -24,6 +25,7 @@ FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
     fold_norms,
     fold_concatenations,
     fold_epilogues,
+    fold_rotations,
     choose_at_run_time,
 )
 PRODUCERS = (match_activation, match_gated, match_norm, match_concatenation)

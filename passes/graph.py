@@ -91,6 +91,8 @@ _SPELLINGS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], tuple[str, ...]]] 
         ),
         (),
     ),
+    "neg": (("input",), (operator.neg, torch.neg, aten.neg.default), ("neg", "__neg__")),
+    "stack": (("tensors", "dim"), (torch.stack, aten.stack.default), ()),
     "narrow": (("input", "dim", "start", "length"), (torch.narrow, aten.narrow.default), ("narrow",)),
     "pad": (("input", "pad"), (F.pad, aten.constant_pad_nd.default), ()),
     "mv": (("input", "vec"), (torch.mv, aten.mv.default), ("mv",)),
@@ -138,6 +140,10 @@ _SPELLINGS: dict[str, tuple[tuple[str, ...], tuple[Any, ...], tuple[str, ...]]] 
         (torch.split, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes),
         ("split",),
     ),
+    "unbind": (("input", "dim"), (torch.unbind, aten.unbind.int), ("unbind",)),
+    # views of other elements
+    "view_as_complex": (("input",), (torch.view_as_complex, aten.view_as_complex.default), ()),
+    "view_as_real": (("input",), (torch.view_as_real, aten.view_as_real.default), ()),
     "size": (
         ("input", "dim"),
         (aten.sym_size.int, aten.sym_size.default),

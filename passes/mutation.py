@@ -34,11 +34,14 @@ _FRESH = frozenset(
             "size",
         ),
         *("gelu", "silu", "relu", "sigmoid", "tanh", "layer_norm", "rms_norm"),
-        *("add", "radd", "sub", "mul", "div", "addcmul", "pow", "square", "mean", "rsqrt"),
+        *("add", "radd", "sub", "mul", "div", "addcmul", "pow", "square", "mean", "rsqrt", "neg", "stack"),
     }
 )
 _VIEWS = (
-    ROW_MAJOR_VIEWS | CASTS | {"transpose", "permute", "t", "getattr", "getitem", "chunk", "split", "narrow"}
+    ROW_MAJOR_VIEWS
+    | CASTS
+    | {"transpose", "permute", "t", "getattr", "getitem", "chunk", "split", "narrow", "unbind"}
+    | {"view_as_complex", "view_as_real"}
 )
 _WRITING_OPERATORS = frozenset(
     {

@@ -15,13 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from . import build, gemm_mma, gemm_sm90, launch, operands, ops, semantics, sparsify_kernel
+from . import (
+    build,
+    gemm_mma,
+    gemm_sm90,
+    launch,
+    operands,
+    ops,
+    rotary,
+    rotary_kernel,
+    semantics,
+    sparsify_kernel,
+)
 from .calls import Call, Known
 from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
 FIRST_CAPABILITY = (8, 0)  # Ampere: the first sparse tensor cores
 
+_OPS = (ops.sparsify, ops.sparse_linear, ops.linears, rotary.rotary)
 _library = torch.library.Library(ops.NAMESPACE, "IMPL", "CUDA")
 
 
@@ -80,9 +92,12 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
     units: list[build.Unit] = []
     sparsified: dict[fx.Node, _Size] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (ops.sparsify, ops.sparse_linear, ops.linears):
+        if node.op != "call_function" or node.target not in _OPS:
             continue
         args, options = fx.map_arg((node.args, node.kwargs), tensor_of)
+        if node.target is rotary.rotary:
+            units += _rotary_units(*args)
+            continue
         if node.target is ops.sparse_linear:
             size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
             if size is not None:
@@ -151,7 +166,28 @@ def _gemm_unit(
     return [kernel.unit(size.arch)]
 
 
-_sparsify_calls, _linear_calls = Known(), Known()
+def _rotary_units(
+    parts: Sequence[Tensor | None], weights: Sequence[Tensor | None], eps: Sequence[float], *tables: Any
+) -> list[build.Unit]:
+    size = _size("identity", parts)
+    if size is None or any(part is None for part in parts):
+        return []
+    pair = 2 if tables[0][0] is None else tables[0][0].shape[3]
+    found = {
+        rotary_kernel.kernel(
+            size.dtype,
+            size.k,
+            e >= 0,
+            None if w is None else w.dtype,
+            pair,
+            rotary_kernel.overlaps(size.device),
+        )
+        for w, e in zip(weights, eps, strict=True)
+    }
+    return [kernel.unit(size.arch) for kernel in found]
+
+
+_sparsify_calls, _linear_calls, _rotary_calls = Known(), Known(), Known()
 
 
 def _sparsify(
@@ -258,5 +294,25 @@ def _sparse_linear(
     return call.run()[0]
 
 
+def _rotary(
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    eps: Sequence[float],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    version: int = ops.VERSION,
+) -> Tensor:
+    options = *eps, version
+    given = *parts, *weights, *cos, *sin
+    call = _rotary_calls.find(options, given)
+    if call is not None:
+        return call.run()[0]
+    first = parts[0]
+    if version != ops.VERSION or unavailable_reason(first.device, first.dtype) is not None:
+        return rotary._rotary_reference(parts, weights, eps, cos, sin, version)
+    return _rotary_calls.keep(options, given, rotary_kernel.prepare(parts, weights, eps, cos, sin)).run()[0]
+
+
+_library.impl("rotary", _rotary)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)

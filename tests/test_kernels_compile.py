@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 
-from lynx_compile.runtime import build, gemm_mma, gemm_sm90, sparsify_kernel
+from lynx_compile.runtime import build, gemm_mma, gemm_sm90, rotary_kernel, sparsify_kernel
 from lynx_compile.runtime.semantics import ACTIVATIONS, PRODUCERS
 
 PORTABLE_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -70,6 +70,14 @@ def sparsifiers(arch):
         yield build.unit(sparsify_kernel.SOURCE, arch, sparsify_kernel.defines(variant, geometry))
 
 
+def rotations(arch):
+    """Every head size, each with another set of options."""
+    for i, channels in enumerate(rotary_kernel.CHANNELS):
+        weight = (None, *DTYPES[:1], torch.float32)[i % 3]
+        yield rotary_kernel.kernel(DTYPES[0], channels, i != 2, weight, 1 + i % 2, True).unit(arch)
+    yield rotary_kernel.kernel(DTYPES[1], 128, True, DTYPES[1], 2, True).unit(arch)
+
+
 def faults(unit):
     """What is wrong with a unit's kernels, in words; nothing when all is well."""
     compiled = build.compile_unit(unit)
@@ -85,6 +93,7 @@ def faults(unit):
         *(("gemm_mma", arch) for arch in PORTABLE_ARCHS),
         ("gemm_sm90", "sm_90a"),
         *(("sparsify", arch) for arch in (*PORTABLE_ARCHS, "sm_90a")),
+        *(("rotary", arch) for arch in ("sm_80", "sm_90a", "sm_120")),
     ],
 )
 def test_compiles_clean(source, arch):
@@ -92,6 +101,8 @@ def test_compiles_clean(source, arch):
         units = portable_gemm(arch)
     elif source == "gemm_sm90":
         units = hopper_gemm()
+    elif source == "rotary":
+        units = rotations(arch)
     else:
         units = sparsifiers(arch)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -99,7 +99,12 @@ class _Three(_Called):
         return self.call(self, x, y, z)
 
 
+class _Four(_Called):
+    def forward(self, x: Any, y: Any, z: Any, w: Any) -> Any:
+        return self.call(self, x, y, z, w)
+
+
 def function(call: Callable[..., Any], **layers: Any) -> nn.Module:
-    """A module that holds `layers` and whose forward is call(self, one to three tensors)."""
+    """A module that holds `layers` and whose forward is call(self, one to four tensors)."""
     inputs = len(inspect.signature(call).parameters) - 1
-    return (_One, _Two, _Three)[inputs - 1](call, layers)
+    return (_One, _Two, _Three, _Four)[inputs - 1](call, layers)
