@@ -112,7 +112,7 @@ def test_paper_skips_name_layers_of_the_models():
 
 
 def test_backends_stay_compiled_side_by_side(monkeypatch):
-    small = {"num_attention_heads": 1, "joint_attention_dim": 64, "num_single_layers": 1}
+    small = {"num_attention_heads": 1, "joint_attention_dim": 64}
     known = models.KNOWN["flux"]
     monkeypatch.setitem(models.KNOWN, "flux", replace(known, config={**known.config, **small}))
     rivals = [
@@ -140,7 +140,7 @@ def test_backends_stay_compiled_side_by_side(monkeypatch):
     monkeypatch.setattr(step, "step_times", step_times)
     rows = step.run(
         ["flux"], resolutions=[64], backends=[rival.name for rival in rivals], rank=16, device="cpu",
-        layers={"num_layers": 1}, progress=told.append, keep=lambda rows: kept.append(len(rows)),
+        blocks=1, warm=["everything"], progress=told.append, keep=lambda rows: kept.append(len(rows)),
     )  # fmt: skip
     assert "flux: broken has no figures: out of memory" in told
     assert [row["backend"] for row in rows] == ["eager", "sparse", "everything"]
@@ -148,6 +148,7 @@ def test_backends_stay_compiled_side_by_side(monkeypatch):
     assert [row["lora_rank"] for row in rows] == [0, 16, 0]
     assert [row["step_ms"] for row in rows] == [14.0, 15.0, 16.0]  # medians of three rounds in turn
     assert [row["graphs"] for row in rows] == [0, 2, 2]
+    assert [row["compile_s"] for row in rows] == [1.99, 1.99, None]
     dense, sparse, everything = (row["sparse_flops_share"] for row in rows)
     assert dense == 0
     assert 0.1 < sparse < everything

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -81,7 +81,8 @@ def run(
     rank: int = RANK,
     seconds: float = SECONDS,
     device: str | torch.device = "cuda",
-    layers: Mapping[str, int] | None = None,
+    blocks: int | None = None,
+    warm: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
@@ -89,11 +90,11 @@ def run(
 
     With several resolutions or batches a backend is compiled once, for dynamic shapes.
     seconds: least time of one measurement, all rounds. progress: told what goes on. keep: given all rows so
-    far, after each backend and each round. layers: overrides of a config's layer counts, as
-    {"num_layers": 2}: smaller models for tests.
+    far, after each backend and each round. blocks: of each kind, for a smaller model; None for all.
+    warm: backends that may find their compilation in the caches on disk; they get no compile time.
     A backend that fails is told to `progress` and has no row. Raises ValueError for an unknown backend.
     """
-    unknown = [name for name in backends if name not in BACKENDS]
+    unknown = [name for name in (*backends, *warm) if name not in BACKENDS]
     if unknown:
         raise ValueError(f"unknown backend {unknown[0]!r}; one of {', '.join(BACKENDS)}")
     chosen = [BACKENDS[name] for name in backends]
@@ -101,13 +102,14 @@ def run(
     with torch._dynamo.config.patch(recompile_limit=GRAPH_LIMIT, accumulated_recompile_limit=4 * GRAPH_LIMIT):
         for name in models:
             known = resolve(name)
-            known = replace(known, config={**known.config, **(layers or {})})
+            if blocks is not None:
+                known = replace(known, config={**known.config, **known.block_counts(blocks)})
             points = [
                 Step(size, size, batch, known.step.frames, known.step.text_tokens)
                 for size in resolutions
                 for batch in batches
             ]
-            comparison = Comparison(name, known, points, device, rank, progress)
+            comparison = Comparison(name, known, points, device, rank, warm, progress)
             done += comparison.run(chosen, seconds, partial(_keep_all, keep, done))
             del comparison
             release()
@@ -128,11 +130,13 @@ class Comparison:
         points: Sequence[Step],
         device: str | torch.device,
         rank: int,
+        warm: Sequence[str],
         progress: Callable[[str], None],
     ) -> None:
         progress(f"{name}: building")
         torch._dynamo.reset()
-        self.name, self.known, self.device, self.rank, self.progress = name, known, device, rank, progress
+        self.name, self.known, self.device, self.rank = name, known, device, rank
+        self.warm, self.progress = warm, progress
         self.inputs = {point: known.inputs(point, device) for point in points}
         before = allocated()
         self.model = known.build(device)
@@ -146,7 +150,8 @@ class Comparison:
         start_workers(self.device)
         for backend in backends:
             self.progress(f"{self.name}: {backend.name}")
-            with self.told(backend), sdpa_kernel(ATTENTION, set_priority=True), cold_caches():
+            caches = nullcontext() if backend.name in self.warm else cold_caches()
+            with self.told(backend), sdpa_kernel(ATTENTION, set_priority=True), caches:
                 self.rivals.append(self.prepare(backend, seconds / ROUNDS))
             switch_off(self.model)
             release()
@@ -199,7 +204,8 @@ class Comparison:
             }
             rival.rows[point] = row
             rival.time(point, inputs, seconds)
-            row["compile_s"] = round(max(first_s - row["step_ms"] / 1e3, 0.0), 2)
+            compile_s = round(max(first_s - row["step_ms"] / 1e3, 0.0), 2)
+            row["compile_s"] = None if backend.name in self.warm else compile_s
             row["graphs"] = compiled_graphs() - graphs
             row["sparse_flops_share"] = sparse_share(model, inputs) if backend.lynx else 0.0
         return rival

@@ -34,7 +34,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['step_ms']:.1f}",
             *(f"{row[key]:.1f}" for key in PARTS),
             f"{row['host_ms']:.1f}",
-            f"{row['compile_s']:.1f}",
+            "–" if row["compile_s"] is None else f"{row['compile_s']:.1f}",
             f"{row['peak_gib']:.2f}",
             f"{row['power_w']:.0f}",
             f"{row['sparse_flops_share']:.1%}",

@@ -137,7 +137,7 @@ class Hooks:
 
     model: nn.Module
     layers: Mapping[str, nn.Linear]
-    see: Callable[[str, Tensor], None]
+    see: Callable[[str, Tensor], object]
     end: Callable[[], None] | None = None
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 

@@ -20,6 +20,7 @@ Model = Annotated[
     list[str] | None, typer.Option(help="flux, qwen-image, z-image or any other known model; repeatable.")
 ]
 Rank = Annotated[int, typer.Option(min=16, max=256, help="Rank of the LoRA branch.")]
+Blocks = Annotated[int | None, typer.Option(min=1, help="Fewer blocks of each kind than the model has.")]
 Json = Annotated[Path | None, typer.Option(help="Write the figures here.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a bar chart here.")]
 Commit = Annotated[str | None, typer.Option(envvar="LYNX_COMMIT", help="What to record as the commit.")]
@@ -126,6 +127,11 @@ def step(
     ] = None,
     rank: Rank = 64,
     seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 1.0,
+    blocks: Blocks = None,
+    warm: Annotated[
+        list[str] | None,
+        typer.Option(help="A backend that may use the caches on disk (no compile time then); repeatable."),
+    ] = None,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Write stacked bars here.")] = None,
     commit: Commit = None,
@@ -162,6 +168,8 @@ def step(
             backends=tuple(backend or measurements.BACKENDS),
             rank=rank,
             seconds=seconds,
+            blocks=blocks,
+            warm=tuple(warm or ()),
             progress=console.print,
             keep=keep,
         )
@@ -181,7 +189,7 @@ def start(
         list[str] | None, typer.Option(help="What to compare, as in bench step; repeatable.")
     ] = None,
     rank: Rank = 64,
-    blocks: Annotated[int | None, typer.Option(help="Fewer blocks of each kind.")] = None,
+    blocks: Blocks = None,
     json: Json = None,
     commit: Commit = None,
 ) -> None:
