@@ -127,7 +127,7 @@ def measure(kind: Kind, rank: int, seconds: float) -> dict[str, Any]:
     _switch_on(sets)
     total_no_lora_ms = timed()
     for shared in sets:
-        _attach(shared, rank)
+        attach_branches(shared, rank)
     _switch_on(sets)
     total_ms = timed()
     decision = "sparse" if all(row.decision == "sparse" for row in report().rows) else "dense"
@@ -152,12 +152,13 @@ def _switch_on(sets: nn.Module) -> None:
     compile_blocks(sets, blocks=["SharedInput"], dynamic=False, only=["*"], rest="eager", strict=True)
 
 
-def _attach(shared: Any, rank: int) -> None:
-    """One down-projection for all layers of X, as calibration makes them."""
+def attach_branches(shared: Any, rank: int) -> None:
+    """Random LoRA branches, one down-projection for all layers of X, as a calibrated profile has them."""
     k = shared.layers[0].in_features
-    down = torch.randn(rank, k, device="cuda", dtype=DTYPE) / k**0.5
+    weight = shared.layers[0].weight
+    down = torch.randn(rank, k, device=weight.device, dtype=weight.dtype) / k**0.5
     for layer in shared.layers:
-        up = torch.randn(layer.out_features, rank, device="cuda", dtype=DTYPE) / rank**0.5
+        up = torch.randn(layer.out_features, rank, device=weight.device, dtype=weight.dtype) / rank**0.5
         attach(layer, down=down, up=up)
 
 
