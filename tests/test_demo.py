@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,18 @@ def test_summary_table(result):
         "linear FLOPs sparse",
         "seconds",
     ]
+
+
+def test_a_gpu_shows_its_name_and_step_times(result, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device}")
+    on_gpu = replace(result, device="cuda:1", emulated=False)
+    table = summary(on_gpu)
+    assert table.columns[-1].header == "ms a step"
+    assert list(table.columns[-1].cells) == [f"{outcome.step_ms:.2f}" for outcome in result.outcomes]
+    page = render(on_gpu)
+    assert "GPU cuda:1" in page
+    assert "ms a step" in page
+    assert "were emulated" not in page
 
 
 def test_what_cannot_be_compared_is_an_error(tiny_pipe):

@@ -58,7 +58,7 @@ def render(demo: Demo) -> str:
         totals=report.totals() if report else {},
         on_gpu=demo.device.startswith("cuda"),
         versions={name: metadata.version(name) for name in ("lynx-compile", "torch", "diffusers")},
-        device=torch.cuda.get_device_name() if demo.device.startswith("cuda") else "CPU",
+        device=torch.cuda.get_device_name(demo.device) if demo.device.startswith("cuda") else "CPU",
     )
 
 
