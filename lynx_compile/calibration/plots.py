@@ -8,13 +8,13 @@ from typing import Any
 
 from ..profile.format import Profile
 from .front import Choice
-from .sensitivity import block_of
+from .sensitivity import block_of, class_of
 
 SHOWN = 30  # bars of the ranking
 
 
 def draw(profile: Profile, folder: str | Path, points: Sequence[Choice] = ()) -> list[Path]:
-    """Write what the profile has data for: heat_map, ranking, dense_steps, front (.png)."""
+    """Write what the profile has data for: heat_map, ranking, local_error, dense_steps, front (.png)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     effects = {
@@ -25,6 +25,7 @@ def draw(profile: Profile, folder: str | Path, points: Sequence[Choice] = ()) ->
         made += [
             _heat_map(effects, folder / "heat_map.png"),
             _ranking(profile, effects, folder / "ranking.png"),
+            _against_local_error(profile, effects, folder / "local_error.png"),
         ]
     if "dense_first_steps" in profile.studies:
         made.append(_steps(profile.studies["dense_first_steps"], folder / "dense_steps.png"))
@@ -55,6 +56,21 @@ def _ranking(profile: Profile, effects: dict[str, float], path: Path) -> Path:
     axis.set_xlabel("relative error, this layer alone sparse")
     axis.tick_params(labelsize=7)
     axis.legend()
+    return _save(plot, figure, path)
+
+
+def _against_local_error(profile: Profile, effects: dict[str, float], path: Path) -> Path:
+    """A point a layer: were local error any guide, they would lie along a line."""
+    plot = _pyplot()
+    figure, axis = plot.subplots(figsize=(6, 4))
+    classes = {name: class_of(name) for name in effects}
+    for label in dict.fromkeys(classes.values()):
+        names = [name for name in effects if classes[name] == label]
+        local = [profile.layers[name].error_after or 0.0 for name in names]
+        axis.loglog(local, [effects[name] for name in names], "o", label=label)
+    axis.set_xlabel("error of the layer's own output")
+    axis.set_ylabel("error of the final sample")
+    axis.legend(fontsize=8)
     return _save(plot, figure, path)
 
 

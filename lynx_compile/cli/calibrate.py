@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,11 +56,11 @@ def calibrate_(
         raise typer.BadParameter("give --max-error or --speed, not both")
     rows = _text_rows(text_rows)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank_, world, device = _join_group(device)
     pipe = _load(model, device)
     texts = _prompts(model, prompts, count + held_out)
     call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     workload = _workload(pipe, texts[:count], steps, batch_size, 0, call)
-    rank_, world = _join_group(device)
     profile = calibrate(
         workload,
         rank=rank,
@@ -94,7 +95,7 @@ def calibrate_(
 def _load(model: str, device: str) -> Any:
     import torch
 
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     if model == "emoji":
         from ..evaluation.emoji import load_emoji_pipeline
 
@@ -132,16 +133,17 @@ def _workload(
     return Pipeline(pipe, texts, steps=steps, batch_size=batch_size, seed=start, call=call)
 
 
-def _join_group(device: str) -> tuple[int, int]:
-    """(rank, processes) of the group `torchrun` started; (0, 1) without it."""
+def _join_group(device: str) -> tuple[int, int, str]:
+    """(rank, processes, this process's device) of the group `torchrun` started; (0, 1, device) without it."""
     import torch
 
     if not torch.distributed.is_torchelastic_launched():
-        return 0, 1
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        return 0, 1, device
     if device == "cuda":
-        torch.cuda.set_device(torch.distributed.get_rank() % torch.cuda.device_count())
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
 def _text_rows(given: list[str] | None) -> dict[str, int]:
@@ -174,9 +176,9 @@ def _choose(
     ways = len(branches) + len(rows)
     seconds = study.estimate_s(branches, "layer") * ways / len(branches)
     console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, then some runs to choose")
-    chooser = chooser_for(study, profile, branches, costs, text_rows=rows)
     measured: list[Choice] = []
     try:
+        chooser = chooser_for(study, profile, branches, costs, text_rows=rows)
         choice = chooser.choose(max_error=max_error, speed=speed, note=measured.append)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -94,19 +94,19 @@ class Ground:
 
     @cached_property
     def shifted(self) -> Closed:
-        """Norm compensation, mean shift and branch: what `calibrate` makes."""
-        return self._calibrated(shift=True)
+        """What `calibrate` makes."""
+        return self._calibrated()
 
     @cached_property
     def plain(self) -> Closed:
-        """Norm compensation and branch, no shift."""
-        return self._calibrated(shift=False)
+        """Norm compensation and a branch of each layer's own, no shift: what the paper trains."""
+        return self._calibrated(shift=False, shared=False)
 
-    def _calibrated(self, shift: bool) -> Closed:
+    def _calibrated(self, **options: Any) -> Closed:
         s, clock = self.settings, Clock()
         with clock.running():
-            profile = calibrate(self.calibration, rank=s.rank, steps=s.steps, shift=shift, quiet=True)
-        self.log(f"closed form{' with shift' if shift else ''}: {clock.seconds:.1f} s")
+            profile = calibrate(self.calibration, rank=s.rank, steps=s.steps, quiet=True, **options)
+        self.log(f"calibrate({', '.join(f'{k}={v}' for k, v in options.items())}): {clock.seconds:.1f} s")
         return Closed(profile, branches_of(profile, self.model), clock.seconds)
 
     @property
