@@ -152,7 +152,8 @@ def table_from_bench(bench: dict[str, Any], table: dict[str, Any]) -> dict[str, 
     complete bf16 row.
     """
     keys = ("cublas_ms", "sparsify_ms", "gemm_ms")
-    rows = [row for row in bench["rows"] if row["dtype"] in ("bf16", "bfloat16")]
+    measured = [*bench["rows"], *bench.get("few_tokens", ())]
+    rows = [row for row in measured if row["dtype"] in ("bf16", "bfloat16")]
     rows = [row for row in rows if all(row.get(key) for key in keys)]
     if not rows:
         raise ValueError(

@@ -25,6 +25,10 @@ DIT_SHAPES = (
     (4608, 21504, 3072),
     (4608, 3072, 15360),
 )
+# Text streams: where the break-even lies, so what the cost model must know; peers would tell it nothing.
+FEW_TOKENS = tuple(
+    (m, n, k) for m in (256, 512, 1024) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))
+)
 RANK = 64
 CUSPARSELT_ALGORITHMS = 6  # tried for each shape
 
@@ -65,21 +69,27 @@ def run(
     rank: int = RANK,
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = SECONDS,
+    few_tokens: Sequence[tuple[int, int, int]] = FEW_TOKENS,
     chains: Sequence[Chain] = CHAINS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure; returns {power_w, clock_mhz, rows, chains, geomean_speedup, geomean_chain_speedup}.
+    """Measure; returns {power_w, clock_mhz, rows, few_tokens, chains, geomean_speedup, geomean_chain_speedup}.
+
+    few_tokens: rows without peers, which the geometric mean does not count.
 
     Raises RuntimeError where there are no kernels to measure.
     """
     reason = kernels.unavailable_reason(torch.device("cuda", 0), dtype)
     if reason is not None:
         raise RuntimeError(f"nothing to measure here: {reason}")
-    rows, chain_rows = [], []
+    rows, short_rows, chain_rows = [], [], []
     with torch.inference_mode(), PowerMeter() as meter:
         for shape in shapes:
             progress("M, N, K = {}, {}, {}".format(*shape))
             rows.append(measure_shape(*shape, rank, dtype, seconds))
+        for shape in few_tokens:
+            progress("M, N, K = {}, {}, {}".format(*shape))
+            short_rows.append(measure_shape(*shape, rank, dtype, seconds / 3, peers=False))
         for chain in chains:
             progress(chain.name)
             chain_rows.append(measure_chain(chain, rank, dtype, seconds))
@@ -88,6 +98,7 @@ def run(
         "power_w": load.power_w,
         "clock_mhz": load.clock_mhz,
         "rows": rows,
+        "few_tokens": short_rows,
         "chains": chain_rows,
         "geomean_speedup": geomean([row["speedup"] for row in rows]),
         "geomean_chain_speedup": geomean([row["speedup"] for row in chain_rows]),
@@ -128,8 +139,13 @@ def _normal(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
 
 
-def measure_shape(m: int, n: int, k: int, rank: int, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    """One row of the table: every method on one shape, in ms; None for what a peer cannot run."""
+def measure_shape(
+    m: int, n: int, k: int, rank: int, dtype: torch.dtype, seconds: float, peers: bool = True
+) -> dict[str, Any]:
+    """One row of the table: every method on one shape, in ms; None for what a peer cannot run.
+
+    peers: also those beside cuBLAS.
+    """
     sets = layers(m, n, k, rank, dtype)
     pruned = [ops.sparsify("identity", [s.x], lora_down=s.a) for s in sets]
 
@@ -157,7 +173,8 @@ def measure_shape(m: int, n: int, k: int, rank: int, dtype: torch.dtype, seconds
     row["sparsify_no_lora_ms"] = timed(lambda s: ops.sparsify("identity", [s.x]))
     row["gemm_ms"] = timed(lambda p: multiply(p[0], p[1], lora=True), pairs)
     row["gemm_no_lora_ms"] = timed(lambda p: multiply(p[0], p[1], lora=False), pairs)
-    row.update(_peers(sets, timed))
+    if peers:
+        row.update(_peers(sets, timed))
     row["speedup"] = round(row["cublas_ms"] / row["total_ms"], 4)
     return row
 
