@@ -73,7 +73,7 @@ def run(
     chains: Sequence[Chain] = CHAINS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure; returns {power_w, clock_mhz, rows, few_tokens, chains, geomean_speedup, geomean_chain_speedup}.
+    """Measure; returns {power_w, clock_mhz, rows, few_tokens, chains, geomean_speedup, ...}.
 
     few_tokens: rows without peers, which the geometric mean does not count.
 
