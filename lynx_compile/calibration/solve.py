@@ -9,6 +9,10 @@ Layers that read one X share A, so that t = z·Aᵀ is computed once for all of 
 their outputs side by side, each in units of its own ‖XWᵀ‖, gives the directions, and the best B of each layer
 given those is its part of the right factor.
 
+Deflation is the other closed form: A holds the leading principal directions of X − μ, which leave X before it
+is pruned and cross the layer exactly. What is left of X has the least energy that R directions can leave, and
+what pruning loses is in proportion to that.
+
 Source: reduced-rank regression (Izenman 1975) applied to the branch of RT-Lynx (arXiv 2605.26632).
 """
 
@@ -56,6 +60,21 @@ class Branches:
         return (max(left, 0.0) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Deflation(Branches):
+    """Every rank's deflation of one layer: orthonormal directions, no B of its own (`right` is (N, 0)).
+
+    Errors are predictions: what pruning lost of X, times the share of X's energy that the directions leave.
+    """
+
+    def down(self, rank: int) -> Tensor:
+        """A (R, K) in fp32, with orthonormal rows."""
+        return self.directions[:, :rank].T.float().contiguous()
+
+    def up(self, rank: int) -> Tensor:
+        return torch.zeros(self.right.shape[0], rank)
+
+
 def to_state(branches: Mapping[str, Branches]) -> dict[str, Tensor]:
     """The layers of one X as tensors to keep on disk; the factors in fp32, the directions once."""
     leader = next(iter(branches))
@@ -67,14 +86,16 @@ def to_state(branches: Mapping[str, Branches]) -> dict[str, Tensor]:
     return state
 
 
-def from_state(names: Sequence[str], state: Mapping[str, Tensor]) -> dict[str, Branches]:
-    """The layers of one X, the leader first, from what `to_state` made."""
+def from_state(
+    names: Sequence[str], state: Mapping[str, Tensor], kind: type[Branches] = Branches
+) -> dict[str, Branches]:
+    """The layers of one X, the leader first, from what `to_state` made of branches of this kind."""
     directions = state[f"{names[0]}/directions"]
     found = {}
     for name in names:
         lost, energy, rows = state[f"{name}/sums"].tolist()
         right, singular = state[f"{name}/right"], state[f"{name}/singular"]
-        found[name] = Branches(directions, right, singular, lost, energy, int(rows))
+        found[name] = kind(directions, right, singular, lost, energy, int(rows))
     return found
 
 
@@ -85,13 +106,8 @@ def lora_branches(
 
     Raises ValueError when no tokens were seen or the statistics are not finite.
     """
-    if moments.rows == 0:
-        raise ValueError("the layer saw no tokens; run at least one batch through it")
+    _check(moments)
     gram, cross, error = moments.gram.double(), moments.cross.double(), moments.error.double()
-    if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
-        raise ValueError(
-            "the layer's inputs hold NaN or Inf; calibrate in bf16 or fp32, or leave the layer dense"
-        )
     lower = torch.linalg.cholesky(_ridged(gram))
     pruned_outputs, sums = {}, {}  # P (K, N) and (‖E‖², ‖XWᵀ‖²) of each layer
     for name, weight in weights.items():
@@ -109,6 +125,38 @@ def lora_branches(
         unit = right / singular.clamp_min(torch.finfo(right.dtype).tiny)
         branches[name] = Branches(directions, unit, singular, *sums[name], moments.rows)
     return branches
+
+
+def deflations(
+    moments: Moments, shift: Tensor | None, weights: Mapping[str, Tensor], max_rank: int
+) -> dict[str, Branches]:
+    """The deflations of ranks 0 … max_rank of the layers with these weights (N, K), which read one X.
+
+    Raises ValueError when no tokens were seen or the statistics are not finite.
+    """
+    _check(moments)
+    values, vectors = torch.linalg.eigh(moments.gram.double())
+    rank = min(max_rank, len(values))
+    energies = values.flip(-1).clamp_min(0)
+    directions = vectors.flip(-1)[:, :rank]
+    error = moments.error.double()
+    found: dict[str, Branches] = {}
+    for name, weight in weights.items():
+        w = weight.detach().double()
+        lost = float(((w @ error) * w).sum())
+        singular = (lost * energies[:rank] / energies.sum().clamp_min(1e-300)).sqrt()
+        energy = _energy(moments, shift, w)
+        found[name] = Deflation(directions, w[:, :0], singular, lost, energy, moments.rows)
+    return found
+
+
+def _check(moments: Moments) -> None:
+    if moments.rows == 0:
+        raise ValueError("the layer saw no tokens; run at least one batch through it")
+    if not bool(torch.isfinite(moments.gram).all() and torch.isfinite(moments.cross).all()):
+        raise ValueError(
+            "the layer's inputs hold NaN or Inf; calibrate in bf16 or fp32, or leave the layer dense"
+        )
 
 
 def _ridged(gram: Tensor) -> Tensor:

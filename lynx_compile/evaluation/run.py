@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..calibration.choose import apply_choice
-from ..calibration.refine import distill_jointly, split_calls
+from ..calibration.joint import distill_jointly
+from ..calibration.refine import split_calls
 from ..profile import Profile
 from ..profile.fingerprint import linear_layers
 from .clock import Clock
 from .ground import Ground, Settings, branches_of, placed
 from .methods import OURS, Method, chosen, ladder, sparse_weights
+from .perceptual import Scorer
 from .recipe import paper_recipe
 from .table import Features, Row, Table, ToPictures
 
@@ -51,7 +53,8 @@ STAGES: dict[str, Stage] = {
 class Study:
     """One pipeline and its prompts. prompts(count, start): disjoint ranges share no prompt.
 
-    stages: names of STAGES; all by default.  note: told each row as it is measured.
+    stages: names of STAGES; all by default.  note: told each row as it is measured.  scorers: of further
+    metrics.
     """
 
     def __init__(
@@ -65,13 +68,14 @@ class Study:
         note: Callable[[Row], None] = lambda _: None,
         log: Callable[[str], None] = lambda _: None,
         stages: Sequence[str] = tuple(STAGES),
+        scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
         unknown = [name for name in stages if name not in STAGES]
         if unknown:
             raise ValueError(f"stage {unknown[0]!r} is unknown; stages are {', '.join(STAGES)}")
         self.ground = Ground(pipe, prompts, settings, log)
         self.to_pictures, self.features, self.real = to_pictures, features, real
-        self.note, self.stages = note, stages
+        self.note, self.stages, self.scorers = note, stages, scorers or {}
 
     def run(self) -> Table:
         """Fill the table."""
@@ -88,6 +92,8 @@ class Study:
             self.to_pictures,
             self.features,
             self.real,
+            self.scorers,
+            test.prompts,
             note=self.note,
         )
         other = ground.workload(s.prompts, ground.held_out, seed=100_000)

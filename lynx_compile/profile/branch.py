@@ -19,8 +19,10 @@ class Branch:
     """What stands beside one sparse linear layer (N, K); everything absent is left out of the semantics.
 
     down: A, (R, K).  up: B, (N, R).  shift: μ, (K,).  score: c, (K,).  dense_tokens: how many leading tokens
-    of each sample (B, T, K) stay dense: the text of a joint sequence.  Called with (module, x), it is the
-    layer's forward as `runtime.semantics` defines it.
+    of each sample (B, T, K) stay dense: the text of a joint sequence.  deflate: all of A is taken out of X
+    before pruning; W·Aᵀ, which carries it, is added to B where the layer runs (`carrying`), so that A and B
+    are a LoRA branch beside the dense layer in either case.  Called with (module, x), it is the layer's
+    forward as `runtime.semantics` defines it.
     """
 
     down: Tensor | None = None
@@ -29,6 +31,7 @@ class Branch:
     score: Tensor | None = None
     compensation: str = "norm"
     dense_tokens: int = 0
+    deflate: bool = False
 
     @property
     def rank(self) -> int:
@@ -39,6 +42,25 @@ class Branch:
         tensors = {name: getattr(self, name) for name in ("down", "up", "shift", "score")}
         moved: dict[str, Any] = {n: None if t is None else t.to(device, dtype) for n, t in tensors.items()}
         return replace(self, **moved)
+
+    @property
+    def deflated(self) -> int:
+        """How many rows of A are taken out of X, as the ops ask."""
+        return self.rank if self.deflate else 0
+
+    def carrying(self, weight: Tensor) -> Tensor:
+        """(N, R) fp32 (fp64 for fp64 weights): B, plus W·Aᵀ under deflation.
+
+        Raises ValueError without a branch.
+        """
+        if self.down is None or self.up is None:
+            raise ValueError("a branch without down and up carries nothing")
+        acc = semantics.compute_dtype(weight.dtype)
+        up = self.up.to(acc)
+        return up + weight.to(acc) @ self.down.to(acc).T if self.deflate else up
+
+    def _up(self, weight: Tensor) -> Tensor | None:
+        return None if self.down is None else self.carrying(weight).to(weight.dtype)
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         y = self._kernels(module, x) if self._has_kernels(x) else self._definition(module, x)
@@ -59,9 +81,10 @@ class Branch:
             score=self.score,
             lora_down=self.down,
             compensation=self.compensation,
+            deflated=self.deflated,
         )
-        bias = folded_bias(module, self.shift)
-        return ops.sparse_linear(values, metadata, scale, t, module.weight, lora_up=self.up, bias=bias)
+        bias, up = folded_bias(module, self.shift), self._up(module.weight)
+        return ops.sparse_linear(values, metadata, scale, t, module.weight, lora_up=up, bias=bias)
 
     def _definition(self, module: nn.Linear, x: Tensor) -> Tensor:
         with exact_products(x.dtype):
@@ -71,11 +94,13 @@ class Branch:
                 score=self.score,
                 lora_down=self.down,
                 compensation=self.compensation,
+                deflated=self.deflated,
             )
             bias = folded_bias(module, self.shift)
             # The root's slope is infinite at an all-zero row, so no gradient goes through the scale.
             scale = scale.detach()
-            return semantics.sparse_linear(pruned, scale, t, module.weight, lora_up=self.up, bias=bias)
+            up = self._up(module.weight)
+            return semantics.sparse_linear(pruned, scale, t, module.weight, lora_up=up, bias=bias)
 
 
 def folded_bias(module: nn.Linear, shift: Tensor | None) -> Tensor | None:
