@@ -34,6 +34,9 @@ def evaluate(
     only: Annotated[
         str, typer.Option(help="Stages, by commas: ladder, chosen, recipe, weights, …; all by default.")
     ] = "",
+    metrics: Annotated[
+        str, typer.Option(help="Further metrics, by commas: fid, clip-score, clip-iqa, image-reward.")
+    ] = "",
     real: Annotated[
         Path | None, typer.Option(help="Archive of real pictures for KID (prepare.py makes it).")
     ] = None,
@@ -44,6 +47,7 @@ def evaluate(
     import torch
 
     from ..evaluation import emoji, features
+    from ..evaluation.perceptual import load_scorers
     from ..evaluation.run import STAGES, Settings, Study
     from ..evaluation.table import draw_pictures
     from ..results import write_results
@@ -56,15 +60,24 @@ def evaluate(
     archive = real or emoji.EXAMPLE / "data" / "emoji.zip"
     net = photos = None
     if archive.is_file():
+        photos = emoji.real_pictures(archive, 1024).to(device)
         try:
             net = features.FeatureNet(feature_net, device)
-            photos = emoji.real_pictures(archive, 1024).to(device)
         except ImportError as error:
             console.print(f"KID is left out: {error}", style="yellow")
     else:
         console.print(
             f"KID is left out: {archive} is missing (examples/emoji_flux/prepare.py makes it)", style="yellow"
         )
+    try:
+        scorers = load_scorers(
+            _listed(metrics),
+            device,
+            photos,
+            lambda why: console.print(f"left out: {why}", style="yellow", markup=False),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     settings = Settings(
         prompts=prompts,
         steps=steps,
@@ -77,7 +90,7 @@ def evaluate(
         batch_size=batch_size,
     )
     rows: list[Row] = []
-    stages = tuple(name.strip() for name in only.split(",")) if only else tuple(STAGES)
+    stages = _listed(only) or tuple(STAGES)
 
     def note(row: Row) -> None:
         rows.append(row)
@@ -100,6 +113,7 @@ def evaluate(
             note,
             lambda text: console.print(text, markup=False),
             stages,
+            scorers,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -115,8 +129,13 @@ def evaluate(
         save_profile(study.profile(), profile)
 
 
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
 def _line(row: Row) -> str:
     kid = "" if row.kid is None else f", KID {row.kid:.5f}"
+    kid += "".join(f", {name} {score:.4f}" for name, score in row.scores.items())
     return (
         f"{row.method}: {row.sparse_flops_share:.1%} sparse, {row.psnr_db:.2f} dB, SSIM {row.ssim:.3f}, "
         f"error {row.latent_rel_err:.4f}{kid}, {row.calibration_s:.1f} s"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..profile.steps import StepSwitch
 from .features import Kid, kid
 from .methods import Method
 from .metrics import Distance, distance
+from .perceptual import Scorer
 
 ToPictures = Callable[[Tensor], Tensor]
 Features = Callable[[Tensor], Tensor]
@@ -25,7 +26,8 @@ Features = Callable[[Tensor], Tensor]
 class Row:
     """One line of `quality_*.json`. calibration_s: wall time to make the method's data.
 
-    details: what else is known of the method, written beside the rows.
+    scores: of the metrics asked for besides, by name.  details: what else is known of the method, written
+    beside the rows.
     """
 
     method: str
@@ -37,11 +39,13 @@ class Row:
     kid: float | None
     kid_ci: tuple[float, float] | None
     calibration_s: float
+    scores: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The line without its details; tuples as lists."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "details"}
+        """The line without its details; tuples as lists, scores as "clip_score" and the like."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("details", "scores")}
+        plain |= {name.replace("-", "_"): score for name, score in self.scores.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
@@ -50,7 +54,8 @@ class Table:
     """Runs methods over a held-out workload and compares with the dense model at the same seeds.
 
     tokens, shapes: of every linear layer that runs, for the share of FLOPs.  steps: of one run.  to_pictures:
-    final samples → (B, 3, H, W) in [0, 1].  features, real: for KID; without either it is left out.
+    final samples → (B, 3, H, W) in [0, 1].  features, real: for KID; without either it is left out.  scorers:
+    further metrics of pictures and their prompts.
     """
 
     workload: Workload
@@ -60,6 +65,8 @@ class Table:
     to_pictures: ToPictures
     features: Features | None = None
     real: Tensor | None = None
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
     rows: list[Row] = field(default_factory=list)
     pictures: dict[str, Tensor] = field(default_factory=dict)
     keep: int = 12  # pictures of each method to show
@@ -150,6 +157,7 @@ class Table:
             None if quality is None else quality.value,
             None if quality is None else (quality.low, quality.high),
             round(method.calibration_s, 2),
+            {name: score(pictures, self.prompts) for name, score in self.scorers.items()},
             details,
         )
         self.rows.append(row)
