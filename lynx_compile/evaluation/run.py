@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..calibration.choose import apply_choice
-from ..calibration.refine import distill_jointly, split_calls
+from ..calibration.joint import distill_jointly
+from ..calibration.refine import split_calls
 from ..profile import Profile
 from ..profile.fingerprint import linear_layers
 from .clock import Clock
