@@ -59,31 +59,108 @@ def rates(result: Result) -> list[str]:
     )
     for row in result["rows"]:
         m, n, k = row["m"], row["n"], row["k"]
-        flops, floor = 2 * m * n * k, 2 * m * k + m * k + m * k / 8 + 4 * m  # X, values, metadata, scale
+        flops, moved = 2 * m * n * k, _sparsify_bytes(m, k)
         cells = [f"{flops / row[key] / 1e9:.0f}" for key in ("cublas_ms", "gemm_no_lora_ms", "gemm_ms")]
-        cells += [f"{floor / row[key] / 1e9:.2f}" for key in ("sparsify_no_lora_ms", "sparsify_ms")]
+        cells += [f"{moved / row[key] / 1e9:.2f}" for key in ("sparsify_no_lora_ms", "sparsify_ms")]
         lines.append(_line([f"{m}, {n}, {k}", *cells]))
     return [*lines, "", _source(result, "dense-equivalent FLOP: 2·M·N·K")]
 
 
+PARTS = {
+    "gemm_ms": "GEMM",
+    "sparsify_ms": "sparsify",
+    "attention_ms": "attention",
+    "elementwise_ms": "elementwise",
+}
+
+
 def steps(result: Result) -> list[str]:
     """One denoising step under every backend, split by what its kernels do."""
-    columns = {
-        "step_ms": "step",
-        "gemm_ms": "GEMM",
-        "sparsify_ms": "sparsify",
-        "attention_ms": "attention",
-        "elementwise_ms": "elementwise",
-        "host_ms": "host",
-    }
-    lines = _head(
-        ["model", "backend", "LoRA rank", "sparse FLOPs", *columns.values(), "peak GiB", "vs Inductor"]
-    )
+    columns = {"step_ms": "step", **PARTS, "host_ms": "host"}
+    lines = _head(["model", "backend", "LoRA rank", "sparse FLOPs", *columns.values(), "vs Inductor"])
     for row in result["rows"]:
         cells = [row["model"], row["backend"], str(row["lora_rank"]), f"{row['sparse_flops_share']:.0%}"]
         cells += [f"{row[key]:.1f}" for key in columns]
-        lines.append(_line([*cells, f"{row['peak_gib']:.1f}", f"**{row['speedup_vs_inductor']:.2f}×**"]))
-    return [*lines, "", _source(result, "ms, 1024 × 1024, batch 1")]
+        lines.append(_line([*cells, f"**{row['speedup_vs_inductor']:.2f}×**"]))
+    return [*lines, "", _source(result, f"ms, {_points(result)}")]
+
+
+def compilation(result: Result) -> list[str]:
+    """Seconds of compilation and peak memory of a step, beside Inductor's."""
+    lines = _head(["model", "backend", "graphs", "compile, s", "of Inductor's", "peak, GiB", "over dense"])
+    for row, dense in _beside(result, "inductor"):
+        seconds, ratio = "–", "–"
+        if row["compile_s"] is not None and dense["compile_s"]:
+            seconds, ratio = f"{row['compile_s']:.1f}", f"{row['compile_s'] / dense['compile_s']:.2f}×"
+        over = f"{row['peak_gib'] / dense['peak_gib'] - 1:+.1%}"
+        cells = [str(row["graphs"]), seconds, ratio, f"{row['peak_gib']:.2f}", over]
+        lines.append(_line([row["model"], row["backend"], *cells]))
+    return [*lines, "", _source(result, _points(result))]
+
+
+def shapes(result: Result) -> list[str]:
+    """Resolutions and batches on graphs that were compiled once."""
+    lines = _head(
+        ["model", "pixels", "batch", "backend", "graphs so far", "step, ms", "host, ms", "vs Inductor"]
+    )
+    for row in sorted(result["rows"], key=lambda row: (row["model"], row["resolution"], row["batch"])):
+        cells = [row["model"], str(row["resolution"]), str(row["batch"]), row["backend"], str(row["graphs"])]
+        cells += [f"{row['step_ms']:.1f}", f"{row['host_ms']:.1f}", f"**{row['speedup_vs_inductor']:.2f}×**"]
+        lines.append(_line(cells))
+    return [*lines, "", _source(result, "")]
+
+
+def layers(result: Result) -> list[str]:
+    """Every kind of linear layer alone; those that read one X together."""
+    lines = _head(["model", "layers", "blocks", "M, N, K", "dense", "**sparse**", "no LoRA", "speed-up"])
+    for row in result["rows"]:
+        first, *others = row["layers"]
+        folder = first.rpartition(".")[0] + "."
+        names = ", ".join([first, *(name.removeprefix(folder) for name in others)])
+        cells = [row["model"], names, str(row["count"]), f"{row['m']}, {row['n']}, {row['k']}"]
+        cells += [_ms(row[key]) for key in ("dense_ms", "total_ms", "total_no_lora_ms")]
+        lines.append(
+            _line([*cells, f"**{row['speedup']:.2f}×**" if row["decision"] == "sparse" else "dense"])
+        )
+    means = ", ".join(f"{model} {speedup:.2f}×" for model, speedup in result["averages"].items())
+    return [*lines, "", _source(result, f"ms; time of all sparse layers of a model: {means}")]
+
+
+def floor(result: Result) -> list[str]:
+    """What the parts of a step take, and what is the least they could.
+
+    GEMM: the dense layers' own times, halved where a layer is sparse. sparsify: its bytes at copy speed.
+    attention, elementwise: what they take under Inductor.
+    """
+    alone = json.loads((RESULTS / "layers_h200.json").read_text())["rows"]
+    device = json.loads((ROOT / "lynx_compile" / "data" / "h200.json").read_text())
+    lines = _head(["model", "part", "Inductor, ms", "rt_lynx-everything, ms", "floor, ms", "left, ms"])
+    for row, dense in _beside(result, "inductor"):
+        if row["backend"] != "rt_lynx-everything":
+            continue
+        kinds = [kind for kind in alone if kind["model"] == row["model"]]
+        sparse = [kind for kind in kinds if kind["decision"] == "sparse"]
+        halved = sum(kind["count"] * kind["dense_ms"] for kind in sparse) / 2
+        moved = sum(kind["count"] * _sparsify_bytes(kind["m"], kind["k"]) for kind in sparse)
+        least = {
+            "gemm_ms": dense["gemm_ms"] - halved,
+            "sparsify_ms": moved / device["copy_tb_s"] / 1e9,
+            "attention_ms": dense["attention_ms"],
+            "elementwise_ms": dense["elementwise_ms"],
+        }
+        for key, name in PARTS.items():
+            times = (dense[key], row[key], least[key], row[key] - least[key])
+            lines.append(_line([row["model"], name, *(f"{time:.1f}" for time in times)]))
+    return [*lines, "", _source(result, _points(result))]
+
+
+def start(result: Result) -> list[str]:
+    """Compilation before the first step of a process, without and with caches on disk."""
+    lines = _head(["model", "backend", "first process, s", "second process, s", "faster"])
+    for row in result["rows"]:
+        cells = [f"{row['cold_s']:.2f}", f"{row['warm_s']:.2f}", f"**{row['faster']:.1f}×**"]
+        lines.append(_line([row["model"], row["backend"], *cells]))
+    return [*lines, "", _source(result, "")]
 
 
 def coverage(result: Result) -> list[str]:
@@ -103,6 +180,11 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm-rates": ("gemm_h200.json", rates),
     "coverage": ("coverage.json", coverage),
     "steps": ("step_h200.json", steps),
+    "compilation": ("step_h200.json", compilation),
+    "floor": ("step_h200.json", floor),
+    "layers": ("layers_h200.json", layers),
+    "shapes": ("shapes_h200.json", shapes),
+    "start": ("start_h200.json", start),
 }
 
 
@@ -113,6 +195,26 @@ def _head(names: Iterable[str]) -> list[str]:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _sparsify_bytes(m: int, k: int) -> float:
+    """X read; values, metadata and scale written."""
+    return 2 * m * k + m * k + m * k / 8 + 4 * m
+
+
+def _beside(result: Result, backend: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Each row with the row of `backend` on the same model, resolution and batch."""
+
+    def point(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["model"], row["resolution"], row["batch"]
+
+    rivals = {point(row): row for row in result["rows"] if row["backend"] == backend}
+    return [(row, rivals[point(row)]) for row in result["rows"] if point(row) in rivals]
+
+
+def _points(result: Result) -> str:
+    found = {f"{row['resolution']} × {row['resolution']}, batch {row['batch']}" for row in result["rows"]}
+    return "; ".join(sorted(found))
 
 
 def _ms(value: float | None) -> str:
