@@ -27,7 +27,7 @@ from . import (
     semantics,
     sparsify_kernel,
 )
-from .calls import Call, Known
+from .calls import Call, Known, Operands, Options, Shortcut
 from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -190,6 +190,37 @@ def _rotary_units(
 _sparsify_calls, _linear_calls, _rotary_calls = Known(), Known(), Known()
 
 
+def _sparsify_key(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    lora_down: Tensor | None = None,
+    eps: float = 0.0,
+    mult_offset: float = 0.0,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    compensation: str = "norm",
+    deflated: int = 0,
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    return (producer, eps, mult_offset, compensation, deflated, version), (*inputs, lora_down, shift, score)
+
+
+def _linear_key(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    weight: Tensor,
+    lora_up: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    return (activation, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
+
+
 def _sparsify(
     producer: str,
     inputs: Sequence[Tensor | None],
@@ -205,8 +236,9 @@ def _sparsify(
     if deflated and version == ops.VERSION and lora_down is not None:
         x = semantics.produce(producer, inputs, eps, mult_offset) if producer != "identity" else inputs[0]
         return _deflated(x, lora_down, deflated, shift, score, compensation)
-    options = producer, eps, mult_offset, compensation, version
-    given = *inputs, lora_down, shift, score
+    options, given = _sparsify_key(
+        producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated, version
+    )
     call = _sparsify_calls.find(options, given)
     if call is not None:
         return call.run()
@@ -262,8 +294,9 @@ def _sparse_linear(
     residual: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
-    options = activation, version
-    given = values, metadata, scale, t, weight, lora_up, bias, gate, residual
+    options, given = _linear_key(
+        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, version
+    )
     call = _linear_calls.find(options, given)
     if call is not None:
         return call.run()[0]
@@ -286,7 +319,7 @@ def _sparse_linear(
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
     if not values.shape[0] or not weight.shape[0]:
         return values.new_empty((values.shape[0], weight.shape[0]))
-    checked = operands.checked(*given)
+    checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
     *matrices, up, bias, gate, residual = checked
     call = prepare_gemm(*matrices, up, bias, activation, gate, residual)
     if all(a is b for a, b in zip(checked, given, strict=True)):
@@ -316,3 +349,5 @@ def _rotary(
 _library.impl("rotary", _rotary)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)
+Shortcut.install(ops.sparsify, _sparsify_calls, _sparsify_key)
+Shortcut.install(ops.sparse_linear, _linear_calls, _linear_key)

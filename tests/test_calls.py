@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch._C._dynamo import guards
 from torch._dynamo.source import ConstantSource
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lynx_compile.runtime import calls, gemm_mma, gemm_sm90, kernels, launch, ops, sparsify_kernel
 
@@ -212,10 +215,10 @@ def test_bias_and_gate_hold_a_row_a_sample(driver, samples):
     layer = Operands(samples=samples)
     layer.linear(layer.sparsify())
     found = parameters(driver.launches[-1])
-    shape = (M, N) if "T" in driver.launches[-1][0].parameters else (M, N, K)
-    at = found.index(M)
-    assert found[at : at + len(shape)][:2] == (M, N)
-    assert found[at:].count(M // samples) >= 2
+    assert found.count(M // samples) >= 2  # for M, too, with one sample
+    layer.linear(layer.sparsify(), bias=None, gate=None)
+    alone = parameters(driver.launches[-1])
+    assert found.count(M // samples) - alone.count(M // samples) == (0 if samples == 1 else 2)
 
 
 def test_options_and_places_are_told_apart(driver, prepared):
@@ -328,10 +331,11 @@ def test_another_device_and_deterministic_mode_take_the_long_way(driver, monkeyp
     assert len(driver.launches) == 4
 
 
-@pytest.mark.parametrize("facts", [calls.Facts, calls._facts])
-def test_facts_tell_tensors_apart(facts):
+@pytest.mark.parametrize("kind", [calls.Facts, calls._guard_type])
+def test_facts_tell_tensors_apart(kind, monkeypatch):
+    monkeypatch.setattr(calls, "_guard_type", kind)
     x = normal(4, 64)
-    same = facts(x, x.clone(), **calls._STATIC).check
+    same = calls._guard((x, x.clone()))
     assert same(normal(4, 64), normal(4, 64))
     for other in (x[:2], x.view(2, 128), x.view(torch.float16), x.t().contiguous().t(), x.view(1, 4, 64)):
         assert not same(x, other)
@@ -422,3 +426,152 @@ def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, t
         kernels._sparse_linear(*made, launched(weight), **options)
     assert set(asked) == {kernel.unit("sm_90a") for kernel, _, _ in driver.launches}
     assert len(set(asked)) == (3 if portable else 4)
+
+
+@pytest.fixture
+def dispatched(driver):
+    """The same implementations behind `torch.ops`, and the names of those that the dispatcher reached."""
+    reached = []
+    library = torch.library.Library(ops.NAMESPACE, "IMPL", "CPU")
+    for name, implementation in (("sparsify", kernels._sparsify), ("sparse_linear", kernels._sparse_linear)):
+        library.impl(name, lambda *a, n=name, f=implementation, **k: (reached.append(n), f(*a, **k))[1])
+    shortcuts = [(op, op._op) for op in (ops.sparsify, ops.sparse_linear)]
+    for op, known, key in (
+        (ops.sparsify, kernels._sparsify_calls, kernels._sparsify_key),
+        (ops.sparse_linear, kernels._linear_calls, kernels._linear_key),
+    ):
+        op._op = calls.Shortcut(types.SimpleNamespace(_op=op._op.through, _schema=op._schema), known, key)
+    yield reached
+    for op, shortcut in shortcuts:
+        op._op = shortcut
+    library._destroy()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_known_operands_skip_the_dispatcher(driver, dispatched, prepared, mode):
+    layer = Operands()
+    layer.weight = torch.nn.Parameter(layer.weight)
+    with mode():
+        compressed = ops.sparsify("identity", [layer.x], layer.down)
+        results = []
+        for _ in range(4):
+            again = ops.sparsify("identity", [layer.x], lora_down=layer.down)
+            results.append((again, ops.sparse_linear(*compressed, layer.weight, layer.up)))
+    assert dispatched == ["sparsify", "sparse_linear"]
+    assert prepared == ["sparsify", "linear"]
+    assert len(driver.launches) == 9
+    for again, y in results:
+        assert [(t.shape, t.dtype) for t in again] == [(t.shape, t.dtype) for t in compressed]
+        assert [t.is_inference() for t in again] == [t.is_inference() for t in compressed]
+        assert (y.shape, y.requires_grad) == ((M, N), False)
+
+
+class Seeing(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+        self.seen.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+class SeeingFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, op, kinds, args=(), kwargs=None):
+        self.seen.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_whoever_watches_ops_sees_them(driver, dispatched):
+    layer = Operands()
+
+    def call():
+        return ops.sparsify("identity", [layer.x], layer.down)
+
+    for _ in range(3):
+        call()
+    assert dispatched == ["sparsify"]
+    with Seeing() as mode:
+        call()
+        call()
+    assert mode.seen.count(ops.sparsify) == 2
+    with SeeingFunctions() as mode:
+        call()
+    assert ops.sparsify in mode.seen
+    with torch.profiler.profile() as profile:
+        call()
+    assert "rt_lynx::sparsify" in {event.name for event in profile.events()}
+    traced = make_fx(lambda: call()[0] + 1)()
+    assert ops.sparsify in {node.target for node in traced.graph.nodes}
+    with FakeTensorMode() as fakes:
+        fake = fakes.from_tensor(layer.x)
+        assert isinstance(ops.sparsify("identity", [fake])[0], FakeTensor)
+    with torch.enable_grad():
+        count = len(dispatched)
+        call()
+        call()
+        assert len(dispatched) == count + 2
+    count = len(dispatched)
+    call()
+    assert len(dispatched) == count
+
+
+@torch.no_grad()
+def test_transforms_are_not_cut_short(driver, dispatched):
+    layer = Operands()
+    for _ in range(2):
+        ops.sparsify("identity", [layer.x])
+    count = len(dispatched)
+    torch.vmap(lambda row: row + ops.sparsify("identity", [layer.x])[2].sum())(torch.zeros(3))
+    ops.sparsify("identity", [layer.x])
+    assert len(dispatched) == count + 1
+
+
+@torch.no_grad()
+def test_subclasses_go_through_the_dispatcher(driver, dispatched):
+    class Other(torch.Tensor):
+        pass
+
+    layer = Operands()
+    for _ in range(2):
+        ops.sparsify("identity", [layer.x])
+    count = len(dispatched)
+    other = layer.x.as_subclass(Other)
+    for _ in range(2):
+        ops.sparsify("identity", [other])
+    assert len(dispatched) == count + 2
+
+
+@torch.no_grad()
+def test_wrong_calls_are_refused_by_the_op(driver, dispatched):
+    layer = Operands()
+    ops.sparsify("identity", [layer.x])
+    for args, kwargs in (
+        (("identity",), {}),
+        (("identity", [layer.x]), {"unknown": 1}),
+        ((1, [layer.x]), {}),
+    ):
+        with pytest.raises(RuntimeError, match="rt_lynx::sparsify"):
+            ops.sparsify(*args, **kwargs)
+
+
+def test_an_op_stays_the_key_it_was():
+    for op in (ops.sparsify, ops.sparse_linear):
+        assert hash(op) == hash(op._op.through)
+        assert {op: 1}[getattr(torch.ops.rt_lynx, op._opname).default] == 1
+        assert op._op.__name__ == op._op.through.__name__
+
+
+def test_a_torch_without_the_way_in_keeps_its_ops(monkeypatch):
+    op = types.SimpleNamespace(_schema=ops.sparsify._schema)
+    calls.Shortcut.install(op, calls.Known(), kernels._sparsify_key)
+    assert not hasattr(op, "_op")
+    op._op = sum
+    monkeypatch.setattr(calls, "_guard_type", calls.Facts)
+    calls.Shortcut.install(op, calls.Known(), kernels._sparsify_key)
+    assert op._op is sum
