@@ -79,7 +79,7 @@ def rewrite(
         linears = passes.find_linears(graph)
         note = _reason_to_leave(gm)
         decisions = policy.decide(linears, settings) if note is None else _all_dense(linears, note)
-        report = GraphReport(tuple(map(_row, linears, decisions)), note)
+        report = GraphReport(tuple(map(_row, linears, decisions)), note, settings.globs())
         chosen = [linear for linear, decision in zip(linears, decisions, strict=True) if decision.sparse]
         for linear, decision in zip(linears, decisions, strict=True):
             linear.min_tokens = decision.min_tokens

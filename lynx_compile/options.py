@@ -79,6 +79,11 @@ class Options:
             _check_inductor(given["inductor"])
         return cls(**given)
 
+    def globs(self) -> tuple[str, ...]:
+        """The user's globs as reports name them: "skip='*.to_out.0'"."""
+        named = (("skip", self.skip), ("only", self.only))
+        return tuple(f"{name}={glob!r}" for name, globs in named for glob in globs)
+
     def config_patches(self) -> dict[str, Any]:
         """`mode` expanded as Inductor does, then `inductor` on top."""
         return {**(_modes()[self.mode] if self.mode else {}), **self.inductor}

@@ -10,6 +10,7 @@ and blocks do not know their names, so globs can only speak of names within a bl
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from .layers import LynxLinear, attach
 from .options import Options
 from .passes.linear import normalize_name
 from .policy import first_match
+
+log = logging.getLogger(__name__)
 
 
 def compile_blocks(
@@ -92,10 +95,16 @@ def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) 
     """Write what the globs say onto the layers, where regional compilation can see it."""
     if not skip and not only:
         return
-    for path, module in model.named_modules():
-        if type(module) not in (nn.Linear, LynxLinear):
-            continue
-        name = normalize_name(path)
+    linears = {
+        normalize_name(path): module
+        for path, module in model.named_modules()
+        if type(module) in (nn.Linear, LynxLinear)
+    }
+    for option, globs in (("skip", skip), ("only", only)):
+        for glob in globs:
+            if not any(first_match(name, (glob,)) for name in linears):
+                log.warning("%s=%r matches no linear layer of %s", option, glob, type(model).__name__)
+    for name, module in linears.items():
         if glob := first_match(name, skip):
             _decide(module, "dense", f"skip={glob!r}")
         elif only:

@@ -7,6 +7,7 @@ print(lynx_compile.report())    # or rich.print(...), .rows, .to_json()
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import threading
@@ -45,10 +46,14 @@ class Row:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One compiled graph. note: why the graph as a whole was left alone, None if it was not."""
+    """One compiled graph. note: why the graph as a whole was left alone, None if it was not.
+
+    globs: the user's, as "skip='*.to_out.0'".
+    """
 
     rows: tuple[Row, ...]
     note: str | None = None
+    globs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,16 @@ class Report:
     def notes(self) -> list[str]:
         """Why graphs were left alone as a whole."""
         return [graph.note for graph in self.graphs if graph.note]
+
+    @property
+    def idle_globs(self) -> list[str]:
+        """The globs of `skip` and `only` that matched no layer in any graph: most likely misspelt."""
+        from .policy import first_match
+
+        names = {row.name for row in self.rows}
+        globs = dict.fromkeys(glob for graph in self.graphs for glob in graph.globs)
+        quoted = {glob: (ast.literal_eval(glob.partition("=")[2]),) for glob in globs}
+        return [glob for glob in globs if not any(first_match(name, quoted[glob]) for name in names)]
 
     @property
     def flops(self) -> int:
@@ -132,7 +147,8 @@ class Report:
             f"{totals['sparse']} of {totals['linears']} linear layers sparse: "
             f"{totals['sparse_share']:.1%} of the linear FLOPs ({totals['matched_share']:.1%} matched)"
         )
-        return Group(table, summary)
+        idle = [Text(f"{glob} matches no layer", style="yellow") for glob in self.idle_globs]
+        return Group(table, summary, *idle)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=160)

@@ -274,6 +274,14 @@ def test_globs_speak_of_full_names():
     assert model.blocks[0].a.lynx_reason == "skip='blocks.0.*'"
 
 
+def test_a_glob_that_matches_nothing_is_named(caplog):
+    compile_blocks(Model(1), skip=["blocks.0.*", "blocks.7.*"], only=["to_out"], **OPTIONS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "skip='blocks.7.*' matches no linear layer of Model",
+        "only='to_out' matches no linear layer of Model",
+    ]
+
+
 def test_a_model_without_repeated_blocks_says_what_to_give():
     with pytest.raises(ValueError, match=r"name the classes with blocks=\[...\]"):
         compile_blocks(nn.Sequential(linear()))

@@ -63,9 +63,10 @@ def make_profile(model: nn.Module, seed: int = 0, dense_steps: int = 0) -> Profi
     for index in range(2):
         for name, n, k in ((f"blocks.{index}.down", 64, 128), (f"blocks.{index}.up", 128, 64)):
             branch = Branch(
-                torch.randn(16, k, generator=generator).bfloat16().float(),
-                torch.randn(n, 16, generator=generator).bfloat16().float() * 0.1,
+                (torch.randn(16, k, generator=generator) / k**0.5).bfloat16().float(),
+                torch.randn(n, 16, generator=generator).bfloat16().float(),
                 torch.randn(k, generator=generator),
+                deflate=".down" in name,
             )
             layers[name] = Layer(
                 (n, k), name != "blocks.1.up", "chosen", branch, 8, 0.3, 0.2, {"sample": 0.1}
@@ -90,6 +91,7 @@ def test_round_trip(folder: Path) -> None:
         assert (found.shape, found.sparse, found.reason) == (layer.shape, layer.sparse, layer.reason)
         assert found.sensitivity == layer.sensitivity
         assert torch.equal(found.branch.shift, layer.branch.shift)
+        assert found.branch.deflate == layer.branch.deflate == (".down" in name)
         for kind in ("down", "up"):
             expected = getattr(layer.branch, kind).bfloat16()
             assert torch.equal(getattr(found.branch, kind), expected)
@@ -121,7 +123,8 @@ def edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "upgrade lynx-compile"),
+        ({"schema": 3}, "upgrade lynx-compile"),
+        ({"schema": 1}, "calibrate again"),
         ({"format": "other"}, "not a Lynx profile"),
         ({"compensation": "magic"}, "compensation"),
         ({"dense_steps": -1}, "dense_steps"),
@@ -350,6 +353,31 @@ def test_push_checks_before_it_uploads(folder: Path, tmp_path: Path, monkeypatch
     edit(folder, schema=9)
     with pytest.raises(ProfileError, match="schema"):
         profile_hub.push(folder, "someone/profile")
+
+
+@pytest.mark.parametrize("action", ["push", "pull", "apply"])
+def test_a_hub_out_of_reach_is_named(action: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    from lynx_compile.profile import hub as profile_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to host\nand more lines")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    actions = {
+        "push": lambda: profile_hub.push(folder, "someone/profile"),
+        "pull": lambda: profile_hub.pull("someone/profile"),
+        "apply": lambda: apply_profile(make_model(), "someone/profile"),
+    }
+    with pytest.raises(ProfileError, match=r"someone/profile.*OSError: no route to host\).*check the name"):
+        actions[action]()
+
+
+@pytest.mark.parametrize("given", [None, 3, {"layers": {}}])
+def test_what_is_no_profile_is_said_so(given: object) -> None:
+    with pytest.raises(TypeError, match="a profile is a Profile, a folder or a hub id, not"):
+        apply_profile(make_model(), given)
 
 
 def test_rules_know_their_models() -> None:

@@ -2,6 +2,7 @@ import json
 import threading
 
 import pytest
+import torch
 
 import lynx_compile
 from lynx_compile.report import GraphReport, Row, record
@@ -64,3 +65,20 @@ def test_recording_from_threads():
     for thread in threads:
         thread.join()
     assert len(lynx_compile.report().graphs) == 16
+
+
+def test_globs_that_match_nothing_are_named():
+    record(GraphReport((SPARSE,), globs=("skip='blocks.*'", "skip='atn.*'", "only='up'")))
+    record(GraphReport((DENSE,), globs=("skip='proj_out'",)))
+    report = lynx_compile.report()
+    assert report.idle_globs == ["skip='atn.*'"]
+    assert "skip='atn.*' matches no layer" in str(report)
+
+
+def test_the_backend_tells_the_globs_it_was_given():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    options = {"rest": "eager", "emulate": True, "strict": True, "skip": ["0", "to_out"], "only": "1"}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="rt_lynx", options=options)(torch.randn(2, 8, 64))
+    assert lynx_compile.report().idle_globs == ["skip='to_out'"]

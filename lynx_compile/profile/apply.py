@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branch import Branch
 from .errors import ProfileError
 from .fingerprint import fingerprint, linear_layers
 from .format import Profile
@@ -27,11 +28,16 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
     before is removed. check_weights=False accepts a finetune of the calibrated model: same layers, other
     weights.
 
-    Raises ProfileError when the profile was made for another model or does not load.
+    Raises TypeError for what is no profile, ProfileError when it was made for another model or does not load.
     """
     from ..layers import attach
 
     model = transformer_of(target)
+    if not isinstance(profile, (Profile, str, Path)):
+        raise TypeError(
+            f"a profile is a Profile, a folder or a hub id, not {profile!r}; "
+            "remove_profile takes one off a model"
+        )
     if not isinstance(profile, Profile):
         profile = load_profile(_folder(profile))
     check_fits(model, profile, check_weights=check_weights)
@@ -45,10 +51,11 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
         attach(
             module,
             down=shared(branch.down) if layer.sparse else None,
-            up=branch.up if layer.sparse else None,
+            up=_up(branch, module) if layer.sparse else None,
             shift=shared(branch.shift) if layer.sparse else None,
             score=shared(branch.score) if layer.sparse else None,
             dense_tokens=branch.dense_tokens if layer.sparse else 0,
+            deflated=branch.deflated if layer.sparse else 0,
             switch=switch if layer.sparse else None,
             decision="sparse" if layer.sparse else "dense",
             reason=f"profile: {layer.reason}",
@@ -73,6 +80,12 @@ def remove_profile(target: Any) -> None:
     linears = linear_layers(model)
     for name in names:
         detach(linears[name])
+
+
+def _up(branch: Branch, module: nn.Linear) -> Tensor | None:
+    """B as the layer runs it: under deflation with W·Aᵀ, of A as it is rounded there."""
+    weight = module.weight.detach()
+    return None if branch.down is None else branch.to(weight.device, weight.dtype).carrying(weight)
 
 
 def transformer_of(target: Any) -> nn.Module:
