@@ -160,10 +160,14 @@ class Resolved:
     def build(
         self, device: str | torch.device = "meta", dtype: torch.dtype = torch.bfloat16, seed: int = 0
     ) -> nn.Module:
-        """The transformer in eval mode with random weights, created on `device` in `dtype` directly."""
+        """The transformer in eval mode with random weights, created on `device` in `dtype` directly.
+
+        Raises ValueError for a config that the class cannot be built from.
+        """
         torch.manual_seed(seed)
-        with torch.device(device), default_dtype(dtype):
-            model = transformer_class(self.transformer)(**self.config)
+        build = transformer_class(self.transformer)
+        with torch.device(device), default_dtype(dtype), self._blaming_config():
+            model = build(**self.config)
         # diffusers' own `to` keeps modules in fp32 that a checkpoint would load in fp32, and warns about it
         return nn.Module.to(model, dtype).eval().requires_grad_(False)
 
@@ -173,7 +177,10 @@ class Resolved:
         device: str | torch.device = "meta",
         dtype: torch.dtype = torch.bfloat16,
     ) -> dict[str, Any]:
-        """Keyword inputs of one denoising step. Raises ValueError for a class with no inputs on record."""
+        """Keyword inputs of one denoising step.
+
+        Raises ValueError for a class with no inputs on record, and for a config they cannot be read from.
+        """
         if self.transformer not in INPUTS:
             raise ValueError(
                 f"no example inputs for {self.transformer}; known are: {', '.join(sorted(INPUTS))}. "
@@ -183,7 +190,21 @@ class Resolved:
         def make(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=dtype)
 
-        return INPUTS[self.transformer](self.full_config(), step or self.step, make)
+        with self._blaming_config():
+            return INPUTS[self.transformer](self.full_config(), step or self.step, make)
+
+    @contextmanager
+    def _blaming_config(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise ValueError(
+                f"{self.title}: its config does not fit {self.transformer} ({reason}); "
+                "compare it with the config.json of the published checkpoint"
+            ) from error
 
     def block_counts(self, blocks: int) -> dict[str, int]:
         """Overrides of the config for this many blocks of each kind: the same layers, a smaller model."""
@@ -254,8 +275,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _from_config(title: str, config: dict[str, Any]) -> Resolved:
     name = config.get("_class_name")
-    if not name:
-        raise ValueError(f"{title}: the config has no _class_name, so it is not a diffusers transformer's")
+    if not name or not isinstance(name, str):
+        named = f"_class_name is {name!r}" if name else "the config has no _class_name"
+        raise ValueError(f"{title}: {named}, so it is not a diffusers transformer's")
     options = {key: value for key, value in config.items() if not key.startswith("_")}
     native = next((known.step for known in KNOWN.values() if known.transformer == name), Step())
     return Resolved(title, name, options, native)

@@ -210,6 +210,26 @@ def test_bad_configs(tmp_path):
         explain(torch.nn.Linear(64, 64))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_layers": "two"}, "does not fit FluxTransformer2DModel (TypeError"),
+        ({"attention_head_dim": None}, "does not fit FluxTransformer2DModel (TypeError"),
+        ({"joint_attention_dim": 1.5}, "does not fit FluxTransformer2DModel (TypeError"),
+        ({"in_channels": -1}, "does not fit FluxTransformer2DModel (RuntimeError"),
+        ({"axes_dims_rope": 16}, "does not fit FluxTransformer2DModel (TypeError"),
+        ({"layers": 1}, "unexpected keyword argument 'layers'"),
+        ({"_class_name": ["FluxTransformer2DModel"]}, "_class_name is ['FluxTransformer2DModel']"),
+    ],
+)
+def test_configs_of_wrong_types(tiny_folder, change, said):
+    path = tiny_folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    answer = run(app, ["explain", str(tiny_folder)], env={"COLUMNS": "400"})
+    assert answer.exit_code == 2
+    assert said in answer.output
+
+
 def test_resolution():
     assert at_resolution(models.Step(), "1360x768", 2) == models.Step(1360, 768, batch=2)
     assert at_resolution(models.Step(832, 480, frames=81), None, 1) == models.Step(832, 480, frames=81)
