@@ -44,10 +44,19 @@ def gemm(result: Result) -> list[str]:
 
 def chains(result: Result) -> list[str]:
     """A producer and the linear layer behind it."""
-    lines = _head(["chain", "M, N, K", "Inductor, ms", "fused, ms", "speed-up"])
+    columns = {
+        "inductor_ms": "Inductor, ms",
+        "sparsify_ms": "sparsify",
+        "gemm_ms": "sparse GEMM",
+        "total_ms": "**total**",
+    }
+    columns = {
+        key: heading for key, heading in columns.items() if all(key in row for row in result["chains"])
+    }
+    lines = _head(["chain", "M, N, K", *columns.values(), "speed-up"])
     for row in result["chains"]:
         shape = f"{row['m']}, {row['n']}, {row['k']}"
-        times = [_ms(row["inductor_ms"]), _ms(row["total_ms"])]
+        times = [_ms(row[key]) for key in columns]
         lines.append(_line([row["chain"], shape, *times, f"**{row['speedup']:.2f}×**"]))
     return [*lines, "", _source(result, "geometric mean {geomean_chain_speedup:.2f}×")]
 
@@ -154,6 +163,18 @@ def floor(result: Result) -> list[str]:
     return [*lines, "", _source(result, _points(result))]
 
 
+def kernels(result: Result) -> list[str]:
+    """The heaviest kernels of a step, dense and with everything sparse."""
+    lines = _head(["model", "backend", "launches in all", "kernel", "kind", "launches", "ms"])
+    for row in result["rows"]:
+        if row["backend"] in ("inductor", "rt_lynx-everything"):
+            for kernel in row["kernels"][:6]:
+                cells = [row["model"], row["backend"], str(row["launches"]), f"`{kernel['kernel'][:60]}`"]
+                cells += [kernel["kind"], str(kernel["launches"]), f"{kernel['ms']:.2f}"]
+                lines.append(_line(cells))
+    return [*lines, "", _source(result, _points(result))]
+
+
 def start(result: Result) -> list[str]:
     """Compilation before the first step of a process, without and with caches on disk."""
     lines = _head(["model", "backend", "first process, s", "second process, s", "faster"])
@@ -182,6 +203,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "steps": ("step_h200.json", steps),
     "compilation": ("step_h200.json", compilation),
     "floor": ("step_h200.json", floor),
+    "kernels": ("step_h200.json", kernels),
     "layers": ("layers_h200.json", layers),
     "shapes": ("shapes_h200.json", shapes),
     "start": ("start_h200.json", start),

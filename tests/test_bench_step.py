@@ -9,7 +9,7 @@ from torch import nn
 
 from lynx_compile import models
 from lynx_compile.bench import backends, step, step_report
-from lynx_compile.bench.split import kind_of, split_ms, total_ms
+from lynx_compile.bench.split import heaviest, kernels, kind_of, total_ms
 from lynx_compile.layers import LynxLinear
 from tests import zoo
 
@@ -42,10 +42,18 @@ def test_split_sums_nanoseconds_by_kind():
     assert totals == {"sparsify_ms": 0.25, "attention_ms": 0.0, "gemm_ms": 2.5, "elementwise_ms": 0.0}
 
 
+def test_heaviest_kernels_come_first():
+    ran = [("nvjet_a", 2_000_000), ("sparsify", 2_500_000), ("nvjet_a", 1_000_000), ("triton_poi", 1)]
+    assert heaviest(ran, 2) == [
+        {"kernel": "nvjet_a", "kind": "gemm", "launches": 2, "ms": 3.0},
+        {"kernel": "sparsify", "kind": "sparsify", "launches": 1, "ms": 2.5},
+    ]
+
+
 def test_split_reads_the_profiler():
     a = torch.randn(256, 256)
     with torch.no_grad():
-        totals = split_ms(lambda: torch.nn.functional.gelu(a @ a))
+        totals = total_ms(kernels(lambda: torch.nn.functional.gelu(a @ a)))
     assert sum(totals.values()) > 0
     assert totals["sparsify_ms"] == 0
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime import kernels, ops
-from .timing import SECONDS, PowerMeter, median_ms, sets_needed
+from .timing import SECONDS, PowerMeter, median_ms, medians_ms, sets_needed
 
 PAPER_SHAPES = tuple((size, size, k) for k in (3072, 12288) for size in (2048, 4096, 8192))
 DIT_SHAPES = (
@@ -30,17 +30,23 @@ FEW_TOKENS = tuple(
     (m, n, k) for m in (256, 512, 1024) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))
 )
 RANK = 64
+PEERS = ("cusparselt_ms", "pytorch_spmm_ms", "fp8_rowwise_ms")
 CUSPARSELT_ALGORITHMS = 6  # tried for each shape
 
 
 class Chain(NamedTuple):
-    """A producer and the linear layer behind it. inputs: columns of each input, as a share of K."""
+    """A producer and the linear layer behind it.
+
+    inputs: columns of each input. dense: the same in PyTorch, of inputs, extra, weight and bias.
+    extra: "modulation" for a shift and a scale, "tail" for a gate and a residual.
+    """
 
     name: str
     shape: tuple[int, int, int]
     producer: str
     inputs: tuple[int, ...]
     dense: Callable[..., Tensor]
+    extra: str = ""
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -51,14 +57,19 @@ def _gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
 
 
+def _gated(x: Tensor, gate: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return residual + gate * _gelu(x, weight, bias)
+
+
 def _joined(attention: Tensor, mlp: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(torch.cat([attention, F.gelu(mlp, approximate="tanh")], -1), weight, bias)
 
 
 CHAINS = (
     Chain("gelu → down", (4096, 3072, 12288), "gelu_tanh", (12288,), _gelu),
-    Chain("adaLN → qkv", (4096, 9216, 3072), "layer_norm", (3072,), _modulated),
-    Chain("adaLN → up", (4096, 12288, 3072), "layer_norm", (3072,), _modulated),
+    Chain("gelu → down → gate · y + residual", (4096, 3072, 12288), "gelu_tanh", (12288,), _gated, "tail"),
+    Chain("adaLN → qkv", (4096, 9216, 3072), "layer_norm", (3072,), _modulated, "modulation"),
+    Chain("adaLN → up", (4096, 12288, 3072), "layer_norm", (3072,), _modulated, "modulation"),
     Chain("cat(attn, gelu) → proj_out", (4608, 3072, 15360), "cat_gelu_tanh", (3072, 12288), _joined),
 )
 
@@ -139,26 +150,32 @@ def _normal(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.float32).to(dtype)
 
 
+Calls = list[Callable[[], Any]]
+
+
 def measure_shape(
     m: int, n: int, k: int, rank: int, dtype: torch.dtype, seconds: float, peers: bool = True
 ) -> dict[str, Any]:
-    """One row of the table: every method on one shape, in ms; None for what a peer cannot run.
-
-    peers: also those beside cuBLAS.
-    """
+    """One row of the table: every method on one shape, in ms; None for what a peer cannot run."""
     sets = layers(m, n, k, rank, dtype)
     pruned = [ops.sparsify("identity", [s.x], lora_down=s.a) for s in sets]
 
-    def multiply(s: Layer, compressed: tuple[Tensor, ...], lora: bool) -> Tensor:
+    def multiply(s: Layer, compressed: Sequence[Tensor], lora: bool) -> Tensor:
         return ops.sparse_linear(*compressed, s.weight, lora_up=s.b if lora else None, bias=s.bias)
 
     def ours(s: Layer, lora: bool) -> Tensor:
         return multiply(s, ops.sparsify("identity", [s.x], lora_down=s.a if lora else None), lora)
 
-    def timed(call: Callable[..., Any], items: Sequence[Any] = sets) -> float:
-        return round(median_ms([lambda item=item: call(item) for item in items], seconds), 5)  # type: ignore[misc]
-
     pairs = list(zip(sets, pruned, strict=True))
+    rivals = {
+        "cublas_ms": _each(sets, lambda s: F.linear(s.x, s.weight, s.bias)),
+        "total_ms": _each(sets, lambda s: ours(s, lora=True)),
+        "total_no_lora_ms": _each(sets, lambda s: ours(s, lora=False)),
+        "sparsify_ms": _each(sets, lambda s: ops.sparsify("identity", [s.x], lora_down=s.a)),
+        "sparsify_no_lora_ms": _each(sets, lambda s: ops.sparsify("identity", [s.x])),
+        "gemm_ms": _each(pairs, lambda p: multiply(p[0], p[1], lora=True)),
+        "gemm_no_lora_ms": _each(pairs, lambda p: multiply(p[0], p[1], lora=False)),
+    }
     row: dict[str, Any] = {
         "m": m,
         "n": n,
@@ -166,22 +183,25 @@ def measure_shape(
         "dtype": str(dtype).removeprefix("torch."),
         "lora_rank": rank,
     }
-    row["cublas_ms"] = timed(lambda s: F.linear(s.x, s.weight, s.bias))
-    row["total_ms"] = timed(lambda s: ours(s, lora=True))
-    row["total_no_lora_ms"] = timed(lambda s: ours(s, lora=False))
-    row["sparsify_ms"] = timed(lambda s: ops.sparsify("identity", [s.x], lora_down=s.a))
-    row["sparsify_no_lora_ms"] = timed(lambda s: ops.sparsify("identity", [s.x]))
-    row["gemm_ms"] = timed(lambda p: multiply(p[0], p[1], lora=True), pairs)
-    row["gemm_no_lora_ms"] = timed(lambda p: multiply(p[0], p[1], lora=False), pairs)
     if peers:
-        row.update(_peers(sets, timed))
+        row |= dict.fromkeys(PEERS)
+        rivals |= _peers(sets)
+    row |= _rounded(medians_ms(rivals, seconds))
     row["speedup"] = round(row["cublas_ms"] / row["total_ms"], 4)
     return row
 
 
-def _peers(sets: list[Layer], timed: Callable[..., float]) -> dict[str, float | None]:
+def _each(items: Sequence[Any], call: Callable[[Any], Any]) -> Calls:
+    return [lambda item=item: call(item) for item in items]  # type: ignore[misc]
+
+
+def _rounded(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(time, 5) for name, time in times.items()}
+
+
+def _peers(sets: list[Layer]) -> dict[str, Calls]:
     """PyTorch's own 2:4 path with its sparsification, cuSPARSELt without, and fp8 without quantisation."""
-    found: dict[str, float | None] = {}
+    found: dict[str, Calls] = {}
     try:
         packed = [(_tile_sparsify(s.x), s.weight) for s in sets]
         algorithm = _fastest_algorithm(*packed[0])
@@ -189,14 +209,17 @@ def _peers(sets: list[Layer], timed: Callable[..., float]) -> dict[str, float | 
         def multiply(compressed: Tensor, weight: Tensor) -> Tensor:
             return torch._cslt_sparse_mm(compressed, weight.t(), alg_id=algorithm)
 
-        found["cusparselt_ms"] = timed(lambda pair: multiply(*pair), packed)
-        found["pytorch_spmm_ms"] = timed(lambda s: multiply(_tile_sparsify(s.x), s.weight))
+        multiply(*packed[0])
+        found["cusparselt_ms"] = _each(packed, lambda pair: multiply(*pair))
+        found["pytorch_spmm_ms"] = _each(sets, lambda s: multiply(_tile_sparsify(s.x), s.weight))
     except (RuntimeError, AttributeError):  # a torch without cuSPARSELt
-        found["cusparselt_ms"] = found["pytorch_spmm_ms"] = None
+        pass
     try:
-        found["fp8_rowwise_ms"] = timed(_fp8_linear, [(*_to_fp8(s.x), *_to_fp8(s.weight)) for s in sets])
+        operands = [(*_to_fp8(s.x), *_to_fp8(s.weight)) for s in sets]
+        _fp8_linear(operands[0])
+        found["fp8_rowwise_ms"] = _each(operands, _fp8_linear)
     except (RuntimeError, AttributeError):
-        found["fp8_rowwise_ms"] = None
+        pass
     return found
 
 
@@ -243,26 +266,43 @@ def measure_chain(chain: Chain, rank: int, dtype: torch.dtype, seconds: float) -
     sets = []
     for layer in layers(m, n, k, rank, dtype):
         inputs = [_normal(1, m, columns, dtype=dtype) for columns in chain.inputs]
-        modulation = [_normal(1, 1, k, dtype=dtype) for _ in range(2)] if chain.dense is _modulated else []
-        sets.append((layer, inputs, modulation))
+        shapes = {"modulation": [(1, 1, k)] * 2, "tail": [(1, 1, n), (1, m, n)]}.get(chain.extra, [])
+        sets.append((layer, inputs, [_normal(*shape, dtype=dtype) for shape in shapes]))
     compiled = torch.compile(chain.dense, fullgraph=True, dynamic=False)
 
     def dense(item: Any) -> Tensor:
-        layer, inputs, modulation = item
-        return compiled(*inputs, *modulation, layer.weight, layer.bias)
+        layer, inputs, extra = item
+        return compiled(*inputs, *extra, layer.weight, layer.bias)
 
-    def ours(item: Any) -> Tensor:
-        layer, inputs, modulation = item
-        arguments: dict[str, Any] = {"lora_down": layer.a}
-        if modulation:
-            shift, scale = modulation
+    def compress(item: Any, lora: bool = True) -> Sequence[Tensor]:
+        layer, inputs, extra = item
+        arguments: dict[str, Any] = {"lora_down": layer.a if lora else None}
+        if chain.extra == "modulation":
+            shift, scale = extra
             inputs = [*inputs, None, None, scale, shift]
             arguments |= {"eps": 1e-6, "mult_offset": 1.0}
-        compressed = ops.sparsify(chain.producer, inputs, **arguments)
-        return ops.sparse_linear(*compressed, layer.weight, lora_up=layer.b, bias=layer.bias)
+        return ops.sparsify(chain.producer, inputs, **arguments)
 
+    def multiply(item: Any, compressed: Sequence[Tensor], lora: bool = True) -> Tensor:
+        layer, _, extra = item
+        tail = dict(zip(("gate", "residual"), extra, strict=True)) if chain.extra == "tail" else {}
+        return ops.sparse_linear(
+            *compressed, layer.weight, lora_up=layer.b if lora else None, bias=layer.bias, **tail
+        )
+
+    pairs = [(item, compress(item)) for item in sets]
     row: dict[str, Any] = {"chain": chain.name, "m": m, "n": n, "k": k, "lora_rank": rank}
-    for name, call in (("inductor_ms", dense), ("total_ms", ours)):
-        row[name] = round(median_ms([lambda i=item, c=call: c(i) for item in sets], seconds), 5)  # type: ignore[misc]
+    row |= _rounded(
+        medians_ms(
+            {
+                "inductor_ms": _each(sets, dense),
+                "total_ms": _each(sets, lambda item: multiply(item, compress(item))),
+                "total_no_lora_ms": _each(sets, lambda item: multiply(item, compress(item, False), False)),
+                "sparsify_ms": _each(sets, compress),
+                "gemm_ms": _each(pairs, lambda pair: multiply(*pair)),
+            },
+            seconds,
+        )
+    )
     row["speedup"] = round(row["inductor_ms"] / row["total_ms"], 4)
     return row

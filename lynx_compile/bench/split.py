@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ KINDS = {
     "gemm_ms": re.compile(r"gemm|gemv|cutlass|nvjet|xmma|cublas|wgmma|triton_\w*mm|splitk", re.IGNORECASE),
 }
 OTHER = "elementwise_ms"
+LONGEST_NAME = 80  # characters of a kernel's name that are kept
 
 
 def kind_of(kernel: str) -> str:
@@ -22,8 +24,8 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if pattern.search(kernel)), OTHER)
 
 
-def split_ms(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of one call by kind of kernel, as the profiler saw them on the GPU (ops, without one)."""
+def kernels(call: Callable[[], Any]) -> list[tuple[str, int]]:
+    """(name, nanoseconds) of what one call ran on the GPU, as the profiler saw it (ops, without a GPU)."""
     on_gpu = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -32,11 +34,11 @@ def split_ms(call: Callable[[], Any]) -> dict[str, float]:
             torch.cuda.synchronize()
     device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     recorded: Any = profile.profiler
-    return total_ms(
+    return [
         (event.name(), event.duration_ns())
         for event in recorded.kineto_results.events()
         if event.device_type() == device and not _is_annotation(event)
-    )
+    ]
 
 
 def _is_annotation(event: Any) -> bool:
@@ -50,3 +52,21 @@ def total_ms(kernels: Iterable[tuple[str, int]]) -> dict[str, float]:
     for name, nanoseconds in kernels:
         totals[kind_of(name)] += nanoseconds / 1e6
     return totals
+
+
+def heaviest(kernels: Iterable[tuple[str, int]], count: int = 12) -> list[dict[str, Any]]:
+    """The kernels that take most of the time, together: {kernel, kind, launches, ms}."""
+    launches: Counter[str] = Counter()
+    nanoseconds: Counter[str] = Counter()
+    for name, taken in kernels:
+        launches[name] += 1
+        nanoseconds[name] += taken
+    return [
+        {
+            "kernel": name[:LONGEST_NAME],
+            "kind": kind_of(name).removesuffix("_ms"),
+            "launches": launches[name],
+            "ms": round(taken / 1e6, 3),
+        }
+        for name, taken in nanoseconds.most_common(count)
+    ]

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..models import Resolved, Step, resolve
 from ..report import clear_report, report
 from .backends import BACKENDS, Backend, State, switch_off, switch_on
-from .split import split_ms
+from .split import heaviest, kernels, total_ms
 from .timing import Load, PowerMeter
 
 MODELS = ("flux", "qwen-image", "z-image")
@@ -227,8 +227,8 @@ def first_call_s(model: nn.Module, inputs: Mapping[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def steady(model: nn.Module, inputs: Mapping[str, Any], others: int) -> dict[str, float]:
-    """A compiled step: host time in ms, peak memory in GiB, and the split of its GPU time by kernel.
+def steady(model: nn.Module, inputs: Mapping[str, Any], others: int) -> Row:
+    """A compiled step: the split of its GPU time by kernel, host time in ms, peak memory in GiB.
 
     host_ms: until the last launch of a step, the GPU idle before. others: bytes that are held at the same
     time but do not belong to this backend.
@@ -244,9 +244,11 @@ def steady(model: nn.Module, inputs: Mapping[str, Any], others: int) -> dict[str
         host_ms.append((time.perf_counter() - start) * 1e3)
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - others
-    split = split_ms(lambda: step(model, inputs))
+    ran = kernels(lambda: step(model, inputs))
     return {
-        **{name: round(ms, 3) for name, ms in split.items()},
+        **{name: round(ms, 3) for name, ms in total_ms(ran).items()},
+        "launches": len(ran),
+        "kernels": heaviest(ran),
         "host_ms": round(statistics.median(host_ms), 3),
         "peak_gib": round(peak / 2**30, 3),
     }

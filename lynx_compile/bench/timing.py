@@ -10,13 +10,14 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 SECONDS = 0.3
 WARM_SHARE = 0.3  # of `seconds`, in front and not counted
+TURNS = 4  # of each rival
 GRAPH_MS = 4.0  # about how long one replay of a graph of calls takes
 L2_MULTIPLE = 3  # rotating inputs together are this many times the L2 cache
 MAX_SETS = 24
@@ -41,18 +42,42 @@ def median_ms(calls: Sequence[Callable[[], Any]], seconds: float = SECONDS) -> f
     The calls are captured into a CUDA graph, so that host time does not show. What cannot be captured is
     timed as launched.
     """
+    return medians_ms({"": calls}, seconds)[""]
+
+
+def medians_ms(
+    rivals: Mapping[str, Sequence[Callable[[], Any]]], seconds: float = SECONDS
+) -> dict[str, float]:
+    """`median_ms` of each rival, measured by turns: none is the only one to find the chip cool.
+
+    Each comes `TURNS` times, in an order that turns round, and has its own clock and power in a part of each
+    turn that does not count.
+    """
+    runs = {name: _captured(calls) for name, calls in rivals.items()}
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for turn in range(TURNS):
+        for name in list(runs)[:: 1 if turn % 2 == 0 else -1]:
+            run, _ = runs[name]
+            _spend(run, seconds / TURNS * WARM_SHARE)
+            times[name] += _spend(run, seconds / TURNS)
+    return {name: statistics.median(times[name]) / count for name, (_, count) in runs.items()}
+
+
+def _spend(run: Callable[[], Any], seconds: float) -> list[float]:
+    """Times of `run` in ms, which add up to at least `seconds`; at least two."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds * 1e3:
+        times.append(_elapsed_ms(run))
+    return times
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], int]:
+    """What makes about `GRAPH_MS` of calls, and how many those are."""
     for call in calls:
         call()
     once = _elapsed_ms(lambda: [call() for call in calls]) / len(calls)
     rounds = max(round(GRAPH_MS / max(once * len(calls), 1e-3)), 1)
-    run, count = _repeated(calls, rounds), rounds * len(calls)
-    warm = 0.0
-    while warm < seconds * WARM_SHARE * 1e3:  # until clocks are those of this load, and the graph is uploaded
-        warm += _elapsed_ms(run)
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds * 1e3:
-        times.append(_elapsed_ms(run))
-    return statistics.median(times) / count
+    return _repeated(calls, rounds), rounds * len(calls)
 
 
 def _repeated(calls: Sequence[Callable[[], Any]], rounds: int) -> Callable[[], Any]:
