@@ -32,7 +32,11 @@ def result():
         "power_w": 699.5,
         "clock_mhz": 1500.0,
         "rows": [row],
-        "chains": [chain | {"inductor_ms": 0.48, "total_ms": 0.3, "speedup": 1.6}],
+        "chains": [
+            chain
+            | {"inductor_ms": 0.48, "sparsify_ms": 0.06, "gemm_ms": 0.28}
+            | {"total_ms": 0.3, "total_no_lora_ms": 0.25, "speedup": 1.6}
+        ],
         "geomean_speedup": 1.5,
         "geomean_chain_speedup": 1.6,
     }
@@ -115,3 +119,54 @@ def test_without_a_gpu_it_says_why():
     outcome = CliRunner().invoke(app, ["bench", "gemm"])
     assert outcome.exit_code == 1
     assert "no kernels" in outcome.output
+
+
+def test_rivals_take_turns_and_each_gets_its_time(monkeypatch):
+    order, clock, spent = [], {"fast": 2.0, "slow": 30.0}, {"fast": 0.0, "slow": 0.0}
+
+    def elapsed(run):
+        order.append(run)
+        spent[run] += clock[run] * (3 if len(order) < 5 else 1)  # the chip warms up
+        return clock[run] * (3 if len(order) < 5 else 1)
+
+    monkeypatch.setattr(timing, "_captured", lambda calls: (calls[0], 10))
+    monkeypatch.setattr(timing, "_elapsed_ms", elapsed)
+    medians = timing.medians_ms({name: [name] for name in clock}, seconds=0.3)
+    assert medians == {"fast": 0.2, "slow": 3.0}
+    blocks = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert blocks == ["fast", "slow", "fast", "slow", "fast"]  # the order turns round, so neighbours meet
+    assert all(time >= 300 * (1 + timing.WARM_SHARE) for time in spent.values())
+
+
+@pytest.mark.parametrize("chain", gemm.CHAINS, ids=lambda chain: chain.name)
+def test_chains_compute_the_same_as_their_dense_rivals(chain, monkeypatch):
+    """On the CPU, with the definition: what pruning changes is far less than what a wrong input would."""
+    small = chain._replace(shape=(64, 64, 64 * len(chain.inputs)), inputs=tuple(64 for _ in chain.inputs))
+    monkeypatch.setattr(gemm, "_normal", lambda *shape, dtype: torch.randn(*shape).to(dtype))
+    monkeypatch.setattr(gemm, "sets_needed", lambda size: 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    found = {}
+
+    def medians(rivals, seconds):
+        found.update({name: calls[0]() for name, calls in rivals.items()})
+        return dict.fromkeys(rivals, 1.0)
+
+    monkeypatch.setattr(gemm, "medians_ms", medians)
+    row = gemm.measure_chain(small, 16, torch.bfloat16, 0.1)
+    assert row["speedup"] == 1.0
+    assert set(report.CHAIN_TIMES) <= set(row)
+    dense, ours = found["inductor_ms"].flatten().double(), found["total_no_lora_ms"].flatten().double()
+    assert torch.corrcoef(torch.stack([dense, ours]))[0, 1] > 0.8
+    assert found["total_ms"].shape == found["gemm_ms"].shape == (64, 64)
+    assert torch.equal(found["total_ms"], found["gemm_ms"])
+
+
+def test_a_row_has_every_method(monkeypatch):
+    monkeypatch.setattr(gemm, "_normal", lambda *shape, dtype: torch.randn(*shape).to(dtype))
+    monkeypatch.setattr(gemm, "sets_needed", lambda size: 2)
+    monkeypatch.setattr(gemm, "medians_ms", lambda rivals, seconds: dict.fromkeys(rivals, 2.0))
+    row = gemm.measure_shape(64, 64, 64, 16, torch.bfloat16, 0.1)
+    assert set(report.TIMES) <= set(row)
+    assert row["cusparselt_ms"] is None  # there is none on a CPU
+    assert row["total_ms"] == 2.0
+    assert not set(gemm.PEERS) & set(gemm.measure_shape(64, 64, 64, 16, torch.bfloat16, 0.1, peers=False))
