@@ -9,7 +9,8 @@ in order to compile, its module moved, and importing it takes longer than a warm
 always a cubin: PTX from a newer NVRTC would be refused by an older driver. NVRTC has no standard library, and
 CUDA's own headers need not be installed: files in `csrc` include only each other.
 
-The cache only saves time. A missing, read-only, foreign or damaged one costs a compilation and nothing else.
+The cache only saves time. A missing, read-only, foreign or damaged one costs each process a compilation and
+nothing else.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ Defines = Mapping[str, "int | str"]
 
 _starting = threading.Lock()
 _under_way: dict[Unit, Future[bytes]] = {}
+_unstored: dict[str, bytes] = {}  # by key: what no folder took, so that this process compiles it once
 
 
 class CompileError(RuntimeError):
@@ -117,12 +119,13 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _cubin(what: Unit) -> bytes:
-    folder = cache_folder()
-    path = folder / f"{_key(what)}.cubin" if folder is not None else None
-    code = _read(path)
+    folder, key = cache_folder(), _key(what)
+    path = folder / f"{key}.cubin" if folder is not None else None
+    code = _read(path) or _unstored.get(key)
     if code is None:
         code = compile_unit(what).code
-        _write(path, code)
+        if not _write(path, code):
+            _unstored[key] = code
     return code
 
 
@@ -255,10 +258,13 @@ def _read(path: Path | None) -> bytes | None:
     return code if hashlib.sha256(code).digest() == digest else None
 
 
-def _write(path: Path | None, code: bytes) -> None:
-    """Put an entry in place at once: readers see the old one, none, or this one, never a part of it."""
+def _write(path: Path | None, code: bytes) -> bool:
+    """Put an entry in place at once: readers see the old one, none, or this one, never a part of it.
+
+    Returns whether it is there now.
+    """
     if path is None:
-        return
+        return False
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
@@ -272,3 +278,5 @@ def _write(path: Path | None, code: bytes) -> None:
             raise
     except OSError as error:
         log.info("kernel cache entry %s was not written (%s)", path, error)
+        return False
+    return True
