@@ -16,6 +16,7 @@ from .normalize import normalize
 from .producer import Producer, recognise
 from .rotary import fold_rotations
 from .rows import split_rows
+from .together import run_together
 
 # What runs once the chosen layers are sparse, in the best order; any other is as correct.
 FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
@@ -27,6 +28,7 @@ FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
     fold_epilogues,
     fold_rotations,
     choose_at_run_time,
+    run_together,
 )
 PRODUCERS = (match_activation, match_gated, match_norm, match_concatenation)
 

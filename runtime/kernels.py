@@ -22,6 +22,7 @@ from . import (
     launch,
     operands,
     ops,
+    placement,
     rotary,
     rotary_kernel,
     semantics,
@@ -33,7 +34,7 @@ from .operands import RANK_MULTIPLE
 DTYPES = (torch.bfloat16, torch.float16)
 FIRST_CAPABILITY = (8, 0)  # Ampere: the first sparse tensor cores
 
-_OPS = (ops.sparsify, ops.sparse_linear, ops.linears, rotary.rotary)
+_OPS = (ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears, rotary.rotary)
 _library = torch.library.Library(ops.NAMESPACE, "IMPL", "CUDA")
 
 
@@ -103,6 +104,11 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
             if size is not None:
                 behind = [options.get(name) for name in ("bias", "gate", "residual")]
                 units += _gemm_unit(size, args[4], options.get("activation", "none"), *behind)
+            continue
+        if node.target is ops.sparse_linears:
+            size = sparsified.get(node.args[0].args[0])
+            for weight, bias, activation in zip(args[4], args[6], args[7], strict=True):
+                units += [] if size is None else _gemm_unit(size, weight, activation, bias, None, None)
             continue
         producer, inputs = args[:2]
         size = _size(producer, inputs)
@@ -187,7 +193,7 @@ def _rotary_units(
     return [kernel.unit(size.arch) for kernel in found]
 
 
-_sparsify_calls, _linear_calls, _rotary_calls = Known(), Known(), Known()
+_sparsify_calls, _linear_calls, _placed_calls, _rotary_calls = (Known() for _ in range(4))
 
 
 def _sparsify_key(
@@ -216,9 +222,12 @@ def _linear_key(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    left: Tensor | None = None,
+    top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
-    return (activation, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
+    place = None if left is None and top is None else tuple((top if left is None else left).shape)
+    return (activation, place, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 
 def _sparsify(
@@ -292,14 +301,18 @@ def _sparse_linear(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    left: Tensor | None = None,
+    top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
     options, given = _linear_key(
-        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, version
+        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, left, top, version
     )
-    call = _linear_calls.find(options, given)
+    placed = left is not None or top is not None
+    known = _placed_calls if placed else _linear_calls
+    call = known.find(options, given)
     if call is not None:
-        return call.run()[0]
+        return placement.fill(call.run()[0], left, top)
     prepare_gemm = _gemm(values.get_device(), values.dtype)
     if prepare_gemm is None or version != ops.VERSION:
         return ops._sparse_linear_reference(
@@ -313,18 +326,26 @@ def _sparse_linear(
             activation=activation,
             gate=gate,
             residual=residual,
+            left=left,
+            top=top,
             version=version,
         )
     if activation not in semantics.ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
     if not values.shape[0] or not weight.shape[0]:
-        return values.new_empty((values.shape[0], weight.shape[0]))
+        return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top)
     checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
     *matrices, up, bias, gate, residual = checked
-    call = prepare_gemm(*matrices, up, bias, activation, gate, residual)
+    layer = *matrices, up, bias, activation, gate, residual
+    if placed:
+        call = placement.prepare(prepare_gemm, layer, left, top)
+        if call is None:
+            return ops.placed(prepare_gemm(*layer).run()[0], left, top)
+    else:
+        call = prepare_gemm(*layer)
     if all(a is b for a, b in zip(checked, given, strict=True)):
-        _linear_calls.keep(options, given, call)
-    return call.run()[0]
+        known.keep(options, given, call)
+    return placement.fill(call.run()[0], left, top)
 
 
 def _rotary(
