@@ -55,7 +55,23 @@ def compile_blocks(
         if key not in compiled:
             compiled[key] = _compile_entry(rest, fullgraph, dynamic)
         block._compiled_call_impl = functools.partial(compiled[key], block)
+    if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
+        _mark_steps(model)
     return len(compiled)
+
+
+def _mark_steps(model: nn.Module) -> None:
+    """All blocks of one call of the model belong to one generation of CUDA graphs.
+
+    Each compiled call would begin a generation of its own otherwise, in which the output of the block before
+    it, its input, counts as overwritten.
+    """
+    if _mark_step not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_mark_step)
+
+
+def _mark_step(model: nn.Module, args: Any) -> None:
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 def pattern(block: nn.Module) -> Hashable:

@@ -282,6 +282,20 @@ def test_a_glob_that_matches_nothing_is_named(caplog):
     ]
 
 
+def test_blocks_with_cuda_graphs_are_told_where_a_step_begins(monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(len(begun)))
+    model = Model(2)
+    for _ in range(2):
+        compile_blocks(model, mode="reduce-overhead", **OPTIONS)
+    model(X)
+    model(X)
+    assert begun == [0, 1]
+    compile_blocks(model := Model(2), **OPTIONS)
+    model(X)
+    assert begun == [0, 1]
+
+
 def test_a_model_without_repeated_blocks_says_what_to_give():
     with pytest.raises(ValueError, match=r"name the classes with blocks=\[...\]"):
         compile_blocks(nn.Sequential(linear()))
