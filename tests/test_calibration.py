@@ -451,7 +451,10 @@ def test_effects_are_noted_and_add_up() -> None:
     alone = study.sample({"blocks.0.to_q": profile.layers["blocks.0.to_q"].branch})
     assert effects["sample"] == pytest.approx(alone, rel=0.01)
     noted = profile.studies["interactions"]
-    assert noted["expected_together"] == pytest.approx(noted["measured_together"], rel=0.3)
+    assert noted["measured_together"] == pytest.approx(noted["sum_of_own"], rel=0.5)
+    assert 0 <= noted["adding"] <= 1
+    assert min(noted["within"].values()) >= 0
+    assert len(noted["within"]) == 7  # six layers, one of them in two ways
 
 
 def test_text_rows_stay_dense_where_chosen() -> None:

@@ -1,12 +1,14 @@
 """Choose what stays dense: layers, text rows of joint sequences, first steps. Then measure what was chosen.
 
-Every layer's effect on the final sample is measured alone, as a vector; `front` adds the vectors up. What it
-proposes is measured as a whole, with and without dense first steps, and so are the nearest exchanges of
-layers: the best that was measured is the choice.
+Every layer's effect on the final sample is measured twice: alone sparse, as a vector, and as what a likely
+set gains when the layer turns dense in it. `front` makes proposals from either. They are measured as a whole,
+with and without dense first steps, and so are the nearest exchanges of layers: the best measured one is the
+choice.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,20 +27,23 @@ TRIALS = 8  # exchanges measured a round
 
 @dataclass
 class Chooser:
-    """Chooses among what `problem` says, and measures it. forwards: of each way, in the problem's order."""
+    """Chooses among what the problem says, and measures it.
+
+    forwards: of each way, in the problem's order.  within: a second problem, of effects within a set.
+    """
 
     study: Sensitivity
     problem: Problem
     forwards: Sequence[Forward]
+    within: Problem | None = None
 
-    def __post_init__(self) -> None:
-        self._points: list[Choice] | None = None
+    @functools.cached_property
+    def _fronts(self) -> list[tuple[Problem, list[Choice]]]:
+        return [(problem, points(problem)) for problem in (self.problem, self.within) if problem is not None]
 
     def points(self) -> list[Choice]:
         """The front as expected."""
-        if self._points is None:
-            self._points = points(self.problem)
-        return self._points
+        return self._fronts[0][1]
 
     def measure(self, choice: Choice) -> Choice:
         """The choice with its measured error."""
@@ -80,12 +85,17 @@ class Chooser:
         self, speed: float, first: Choice, rounds: int, measured: Callable[[Choice], Choice]
     ) -> Choice:
         """For each number of dense first steps the expected best, then exchanges from the best of them."""
-        tried = [measured(first)]
-        for n in self.problem.step_factors:
-            with_n = [c for c in self.every() if c.dense_steps == n and c.speed >= speed * (1 - 1e-9)]
-            if n != first.dense_steps and with_n:
-                tried.append(measured(min(with_n, key=lambda c: c.error)))
-        best = min(tried, key=_measured)
+        proposed = [first]
+        for problem, front in self._fronts:
+            sets = [problem.members(choice) for choice in front if choice.sparse]
+            for (
+                n
+            ) in problem.step_factors:  # also where another number of dense steps is expected to do better
+                with_n = [problem.choice(members, n) for members in sets]
+                fast = [choice for choice in with_n if choice.speed >= speed * (1 - 1e-9)]
+                proposed += [min(fast, key=lambda c: c.error)] if fast else []
+        distinct = {(tuple(c.sparse.items()), c.dense_steps): c for c in proposed}
+        best = min(map(measured, distinct.values()), key=_measured)
         for _ in range(rounds):
             near = neighbours(self.problem, best, TRIALS)
             now = min([best, *map(measured, near)], key=_measured)
@@ -93,12 +103,6 @@ class Chooser:
                 break
             best = now
         return best
-
-    def every(self) -> list[Choice]:
-        """The expected best sets with each number of dense first steps, also where another dominates them."""
-        problem = self.problem
-        members = [problem.members(choice) for choice in self.points()]
-        return [problem.choice(m, n) for m in members for n in problem.step_factors if m.any()]
 
     def _fastest_within(
         self, max_error: float, first: Choice, measured: Callable[[Choice], Choice]
@@ -164,20 +168,52 @@ def chooser_for(
             sensitivity["sample"] = float(gram[i, i]) ** 0.5
             sensitivity["velocity"] = study.velocity({name: forwards[i]}).velocity
     costs = costs_of(profile, study.workload.model, device, text)
-    chooser = Chooser(study, problem_of(costs, ways, gram, profile.steps), forwards)
-    fastest = min(point.time for point in chooser.points())
-    likely = pick(chooser.points(), speed=1 / (1 - share * (1 - fastest)))
-    layers = {name: replace(branches[name], dense_tokens=tokens) for name, tokens in likely.sparse.items()}
+    added = Chooser(study, problem_of(costs, ways, gram, profile.steps), forwards)
+    fastest = min(point.time for point in added.points())
+    likely = pick(added.points(), speed=1 / (1 - share * (1 - fastest)))
+    members = added.problem.members(likely)
+    layers = {ways[i][0]: forwards[i] for i in np.flatnonzero(members).tolist()}
     measured = study.steps(layers, STEP_COUNTS)
     profile.studies["dense_first_steps"] = {str(n): list(errors) for n, errors in measured.items()}
-    profile.studies["interactions"] = {
-        "alone": float(np.diag(gram)[chooser.problem.members(likely)].sum()) ** 0.5,
-        "expected_together": likely.error,
-        "measured_together": measured[0][0],
-    }
     together = max(measured[0][0], 1e-9)
     factors = {n: (errors[0] / together) ** 2 for n, errors in measured.items() if n < profile.steps}
-    return Chooser(study, replace(chooser.problem, step_factors=factors), forwards)
+    alone = float(np.diag(gram)[members].sum())
+    # How far effects of one direction add up: not at all where the picture can only be so wrong.
+    adding = (together**2 - alone) / (likely.error**2 - alone) if likely.error**2 != alone else 0.0
+    adding = min(max(adding, 0.0), 1.0)
+    own = np.diag(np.diag(gram))
+    problem = problem_of(costs, ways, own + adding * (gram - own), profile.steps, factors)
+    within = _within(study, ways, layers, np.diag(gram), together**2)
+    profile.studies["interactions"] = {
+        "sum_of_own": alone**0.5,
+        "sum_of_vectors": likely.error,
+        "measured_together": together,
+        "adding": adding,
+        "within": {f"{name} {tokens}": square for (name, tokens), square in zip(ways, within, strict=True)},
+    }
+    return Chooser(study, problem, forwards, replace(problem, gram=np.diag(within)))
+
+
+def _within(
+    study: Sensitivity,
+    ways: Sequence[tuple[str, int]],
+    layers: Mapping[str, Forward],
+    alone: np.ndarray,
+    whole: float,
+) -> list[float]:
+    """The squared error that each layer of a set takes off by turning dense, (U,).
+
+    Other ways of a member, and layers outside the set, are scaled from their own effects.
+    """
+    gains = {}
+    for name in layers:
+        rest = {other: forward for other, forward in layers.items() if other != name}
+        gains[name] = max(whole - study.sample(rest) ** 2, 0.0)
+    of_way = dict(zip(ways, alone.tolist(), strict=True))
+    taken = {name: of_way[name, getattr(forward, "dense_tokens", 0)] for name, forward in layers.items()}
+    usual = sum(gains.values()) / max(sum(taken.values()), 1e-30)
+    scale = {name: gains[name] / taken[name] if taken[name] > 0 else usual for name in layers}
+    return [square * scale.get(name, usual) for (name, _), square in of_way.items()]
 
 
 def apply_choice(profile: Profile, choice: Choice) -> None:
