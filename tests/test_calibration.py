@@ -211,7 +211,9 @@ def test_deterministic_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_branches_of_their_own_fit_better() -> None:
-    shared, own = (calibrate(make_workload(), rank=8, shared=s, quiet=True).layers for s in (True, False))
+    shared, own = (
+        calibrate(make_workload(), rank=8, deflate=False, shared=s, quiet=True).layers for s in (True, False)
+    )
     pair = [f"blocks.0.{name}" for name in ("to_q", "to_k")]
     assert torch.equal(shared[pair[0]].branch.down, shared[pair[1]].branch.down)
     assert not torch.equal(own[pair[0]].branch.down, own[pair[1]].branch.down)
@@ -265,7 +267,7 @@ def test_two_processes_give_the_same_profile(tmp_path: Path) -> None:
         for name, layer in alone.layers.items():
             other = loaded.layers[name]
             assert other.error_after == pytest.approx(layer.error_after, rel=1e-4)
-            product, expected = (b.up @ b.down for b in (other.branch, layer.branch))
+            product, expected = (b.down.T @ b.down for b in (other.branch, layer.branch))
             assert (product - expected).norm() < 1e-3 * expected.norm()
 
 
@@ -287,7 +289,7 @@ def test_ranks_go_where_they_take_off_most() -> None:
 
 def test_training_keeps_what_is_shared() -> None:
     workload = make_workload()
-    layers = calibrate(workload, rank=8, quiet=True).layers
+    layers = calibrate(workload, rank=8, deflate=False, quiet=True).layers
     names = ["blocks.0.to_q", "blocks.0.to_k", "blocks.0.to_out"]
     start = {name: layers[name].branch for name in names}
     q, k, out = distill_layers(
@@ -296,6 +298,8 @@ def test_training_keeps_what_is_shared() -> None:
     assert q.down is k.down
     assert q.down is not out.down
     assert not torch.equal(q.down, start[names[0]].down)
+    with pytest.raises(ValueError, match=r"'blocks\.0\.to_k' deflates"):
+        distill_layers(workload.model, [], calibrate(workload, rank=8, quiet=True).sparse_layers())
 
 
 def test_emulation_restores_the_model() -> None:
@@ -485,7 +489,7 @@ def test_training_recipes_lower_their_losses() -> None:
         model, calls, start, steps=60, quiet=True, report=lambda s, _: seen.append(s), report_every=30
     )
     assert seen == [30, 60]
-    closed = calibrate(workload, rank=16, shift=False, quiet=True).layers
+    closed = calibrate(workload, rank=16, shift=False, deflate=False, quiet=True).layers
     study = Sensitivity(workload, quiet=True)
     for name in names:
         bare, after = (study.velocity({name: branch}).velocity for branch in (Branch(), trained[name]))

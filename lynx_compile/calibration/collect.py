@@ -11,11 +11,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..profile.branch import Branch
 from ..profile.fingerprint import linear_layers
 from .statistics import Hooks, InputMean, Moments, Readers, moments_bytes, rows_of
 from .workload import Workload
@@ -92,6 +95,33 @@ class Collector:
                     self._store(path, tensors)
             kept |= tensors
         return found, kept
+
+    @torch.no_grad()
+    def errors(self, branches: Mapping[str, Branch]) -> dict[str, float]:
+        """‖Ŷ − Y‖ / ‖Y‖ of each layer at the dense model's inputs, over the batches of pass 0."""
+        linears = {name: self.linears[name] for name in branches}
+        ready = {
+            name: replace(branch.to(linears[name].weight.device, linears[name].weight.dtype), dense_tokens=0)
+            for name, branch in branches.items()
+        }
+        device = next(self.workload.model.parameters()).device
+        sums = {name: torch.zeros(2, device=device) for name in branches}
+
+        def see(name: str, x: Tensor) -> None:
+            rows, module = rows_of(x, self.dense_tokens.get(name, 0)), linears[name]
+            y = F.linear(rows, module.weight, module.bias).float()
+            apart = ready[name](module, rows).float() - y
+            sums[name] += torch.stack([apart.square().sum(), y.square().sum()])
+
+        batches = range(self.rank, -(-len(self.workload) // MEAN_SHARE), self.world)
+        with Hooks(self.workload.model, linears, see):
+            for batch in self._progress("errors", batches):
+                self.workload.run(batch)
+        total = torch.stack(list(sums.values())).double() if sums else torch.zeros(0, 2)
+        if self.world > 1:
+            dist.all_reduce(total)
+        roots = (total[:, 0] / total[:, 1].clamp_min(1e-300)).sqrt()
+        return dict(zip(sums, roots.tolist(), strict=True))
 
     def _find(self) -> Found:
         path = self._path("inputs.safetensors")

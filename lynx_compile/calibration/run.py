@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ..profile import Branch, Layer, Profile, fingerprint
 from .collect import Collector
-from .solve import allocate_ranks, from_state, lora_branches, to_state
+from .solve import (
+    Branches,
+    Deflation,
+    allocate_ranks,
+    deflations,
+    from_state,
+    lora_branches,
+    to_state,
+)
 from .statistics import Moments
 from .workload import Workload
 
@@ -30,6 +38,7 @@ def calibrate(
     rank: int = RANK,
     total_rank: int | None = None,
     shift: bool = True,
+    deflate: bool = True,
     shared: bool = True,
     compensation: str = "norm",
     dense_tokens: Mapping[str, int] | None = None,
@@ -39,14 +48,16 @@ def calibrate(
     quiet: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> Profile:
-    """Run the workload and fit every candidate layer's shift and LoRA branch in closed form.
+    """Run the workload and fit every candidate layer's shift and branch in closed form.
 
     rank: of every layer's branch, cut to K and to the outputs of the layers that share it.  total_rank:
     instead, a budget over all layers, spent where it takes off most error (no layer above 4·rank).  shift:
-    prune around each input's mean.  shared: layers that read one X share their branches' down-projection;
-    without, each has its own, which fits better and costs its own time.  dense_tokens: glob on layer names →
-    leading tokens of each sample that stay dense.  steps: denoising steps of one run.  memory: bytes of
-    device memory for statistics.  state: folder from which a killed run goes on.
+    prune around each input's mean.  deflate: the branch takes X's leading directions out before pruning;
+    without, it is a LoRA branch beside the pruned layer.  shared: LoRA branches of layers that read one X
+    share their down-projection; without, each has its own, which fits better and costs its own time.
+    dense_tokens: glob on layer names → leading tokens of each sample that stay dense.  steps: denoising steps
+    of one run.  memory: bytes of device memory for statistics.  state: folder from which a killed run goes
+    on.
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
@@ -61,7 +72,7 @@ def calibrate(
     }
     most = rank if total_rank is None else 4 * rank
     folder = None if state is None else Path(state)
-    purpose = f"rank {most}, {'shared' if shared else 'separate'}"
+    purpose = f"rank {most}, {'deflated' if deflate else 'shared' if shared else 'separate'}"
     collector = Collector(workload, compensation, shift, text, memory, folder, quiet, purpose)
     linears = collector.linears
 
@@ -70,16 +81,16 @@ def calibrate(
         kept: dict[str, Tensor] = {}
         for together in sharing(names):
             weights = {name: linears[name].weight for name in together}
-            kept |= to_state(lora_branches(moments, mu, weights, most))
+            kept |= to_state((deflations if deflate else lora_branches)(moments, mu, weights, most))
         return kept
 
     def sharing(names: list[str]) -> list[list[str]]:
-        return [names] if shared else [[name] for name in names]
+        return [names] if shared or deflate else [[name] for name in names]
 
     found, kept = collector.run(solve)
     leaders = {name: leader for leader, names in found.groups.items() for name in names}
     fitted = {
-        together[0]: from_state(together, kept)
+        together[0]: from_state(together, kept, Deflation if deflate else Branches)
         for names in found.groups.values()
         for together in sharing(names)
     }
@@ -101,11 +112,15 @@ def calibrate(
                     None,
                     compensation,
                     text.get(name, 0),
+                    deflate and down is not None,
                 ),
                 found.tokens[name],
                 fit.error(0),
                 fit.error(chosen),
             )
+    if deflate:
+        for name, error in collector.errors({n: layer.branch for n, layer in layers.items()}).items():
+            layers[name].error_after = error
     others = {name: tokens for name, tokens in found.tokens.items() if name not in layers}
     made = {
         "tokens": max((group[leader].rows for leader, group in fitted.items()), default=0),

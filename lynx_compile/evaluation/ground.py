@@ -99,8 +99,8 @@ class Ground:
 
     @cached_property
     def plain(self) -> Closed:
-        """Norm compensation and a branch of each layer's own, no shift: what the paper trains."""
-        return self._calibrated(shift=False, shared=False)
+        """Norm compensation and a LoRA branch of each layer's own, no shift: what the paper trains."""
+        return self._calibrated(shift=False, deflate=False, shared=False)
 
     def _calibrated(self, **options: Any) -> Closed:
         s, clock = self.settings, Clock()

@@ -27,7 +27,7 @@ from .clock import Clock
 from .ground import Ground, speed_of
 from .weight_sparsity import InputStatistics, bawa, magnitude, ria, slim, wanda
 
-OURS = "closed form + shift"  # what `calibrate` makes
+OURS = "shift + deflation"  # what `calibrate` makes
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from .branch import Branch
 from .errors import ProfileError
 from .fingerprint import Fingerprint
 
-SCHEMA = 1
+SCHEMA = 2
 FORMAT = "lynx-profile"
 DAMAGED = "the file is damaged or was edited by hand; fetch it again or calibrate again"
 
@@ -85,6 +85,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
         "rank": branch.rank,
         "shift": branch.shift is not None,
         "score": branch.score is not None,
+        "deflate": branch.deflate,
         "dense_tokens": branch.dense_tokens,
         "tokens": layer.tokens,
         "error_before": layer.error_before,
@@ -147,7 +148,7 @@ def _described(fields: _Fields) -> Described:
         (shape[0], shape[1]),
         fields.get("decision", str) == "sparse",
         fields.get("reason", str),
-        Branch(dense_tokens=fields.count("dense_tokens")),
+        Branch(dense_tokens=fields.count("dense_tokens"), deflate=fields.get("deflate", bool)),
         fields.count("tokens"),
         fields.number("error_before", optional=True),
         fields.number("error_after", optional=True),
@@ -156,6 +157,8 @@ def _described(fields: _Fields) -> Described:
     rank = fields.count("rank")
     if rank > min(shape):
         raise fields.error("rank", f"is {rank}, above the layer's smaller size {min(shape)}")
+    if layer.branch.deflate and not rank:
+        raise fields.error("deflate", "is true, but there is no rank")
     return Described(layer, rank, fields.get("shift", bool), fields.get("score", bool))
 
 

@@ -15,7 +15,11 @@ from .io import JSON
 
 @dataclass(frozen=True)
 class Difference:
-    """One layer of two profiles: decisions, ranks, local errors, and ‖B₁A₁ − B₂A₂‖ over the larger norm."""
+    """One layer of two profiles: decisions, ranks, local errors, and how far apart the branches are.
+
+    branch: ‖B₁A₁ − B₂A₂‖ over the larger norm or, where that is larger, the same of the deflations AᵀA; 1
+    where only one deflates.
+    """
 
     name: str
     decisions: tuple[str, str]
@@ -50,7 +54,8 @@ def merge(first: Profile, second: Profile) -> Profile:
     """One profile from two calibrations of one model on different prompts.
 
     Each counts by the tokens it saw (`provenance.tokens`). Shifts, scores, errors and sensitivities are
-    averaged; LoRA branches are averaged as products B·A and cut back to the larger rank by SVD. A layer is
+    averaged; LoRA branches are averaged as products B·A and cut back to the larger rank by SVD; deflations as
+    projections AᵀA, cut back likewise, with B carried over to the new A. A layer is
     sparse where both say so; the first dense steps are the larger number. Raises ProfileError for different
     models or compensations.
     """
@@ -77,7 +82,9 @@ def merge(first: Profile, second: Profile) -> Profile:
 
 
 def _merge_layer(a: Layer, b: Layer, weight: float) -> Layer:
-    down, up = _merge_factors(a.branch, b.branch, weight)
+    deflate = a.branch.deflate and b.branch.deflate
+    factors = _merge_deflations if deflate else _merge_factors
+    down, up = factors(a.branch, b.branch, weight)
     shared = a.sensitivity.keys() & b.sensitivity.keys()
     return Layer(
         a.shape,
@@ -116,6 +123,18 @@ def _merge_factors(a: Branch, b: Branch, weight: float) -> tuple[Tensor | None, 
     return (root[:, None] * (right[:rank] @ q_down.T)).float(), ((q_up @ left[:, :rank]) * root).float()
 
 
+def _merge_deflations(a: Branch, b: Branch, weight: float) -> tuple[Tensor | None, Tensor | None]:
+    assert a.down is not None
+    assert b.down is not None
+    assert a.up is not None
+    assert b.up is not None
+    stacked = torch.cat([weight**0.5 * a.down.double(), (1 - weight) ** 0.5 * b.down.double()])
+    down = torch.linalg.svd(stacked, full_matrices=False)[2][: max(a.rank, b.rank)]
+    up = weight * a.up.double() @ (a.down.double() @ down.T)
+    up = up + (1 - weight) * b.up.double() @ (b.down.double() @ down.T)
+    return down.float().contiguous(), up.float()
+
+
 def _average(a: Tensor | None, b: Tensor | None, weight: float, absent: float) -> Tensor | None:
     if a is None and b is None:
         return None
@@ -130,13 +149,25 @@ def _average_number(a: float | None, b: float | None, weight: float) -> float | 
 
 
 def _branch_distance(a: Branch, b: Branch) -> float:
-    products = [None if p.down is None or p.up is None else p.up.float() @ p.down.float() for p in (a, b)]
-    norms = [0.0 if p is None else float(p.norm()) for p in products]
+    if a.deflate != b.deflate:
+        return 1.0
+    apart = _distance(
+        *(None if p.down is None or p.up is None else p.up.float() @ p.down.float() for p in (a, b))
+    )
+    if a.deflate and a.down is not None and b.down is not None:
+        first, second = a.down.float(), b.down.float()
+        # ‖A₁ᵀA₁ − A₂ᵀA₂‖² from the small products: K×K may be large
+        norms = [float((down @ down.T).square().sum()) for down in (first, second)]
+        both = float((first @ second.T).square().sum())
+        apart = max(apart, (max(norms[0] + norms[1] - 2 * both, 0.0) / max(*norms, 1e-30)) ** 0.5)
+    return apart
+
+
+def _distance(a: Tensor | None, b: Tensor | None) -> float:
+    norms = [0.0 if t is None else float(t.norm()) for t in (a, b)]
     if max(norms) == 0:
         return 0.0
-    if products[0] is None or products[1] is None:
-        return 1.0
-    return float((products[0] - products[1]).norm()) / max(norms)
+    return 1.0 if a is None or b is None else float((a - b).norm()) / max(norms)
 
 
 def _same_model(first: Profile, second: Profile) -> None:
