@@ -59,9 +59,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
-// Orders this thread's accesses to shared memory before later ones of the copy engine.
-__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ---- copy engine -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
@@ -84,6 +81,11 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barri
             " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
             "l"(map), "r"(barrier), "r"(x), "r"(y)
             : "memory");
+}
+
+// Box at element (x, y) of a matrix to the L2 cache, where it meets whatever is still being written.
+__device__ __forceinline__ void prefetch_box(const TensorMap* map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
 
 // A contiguous run of bytes, a multiple of 16, to shared memory.
@@ -168,20 +170,6 @@ __device__ __forceinline__ float2 load_shared_pair(const float* from) {
 // Four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// The counterpart: registers hold what `load_matrices` gives.
-__device__ __forceinline__ void store_matrices(u32 address, const u32 (&from)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(from[0]),
-                 "r"(from[1]), "r"(from[2]), "r"(from[3])
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_shared(u32 (&to)[4], u32 address) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address)
                  : "memory");

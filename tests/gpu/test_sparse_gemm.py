@@ -9,7 +9,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lynx_compile.runtime import build, calls, gemm_sm90, layout, semantics
+from lynx_compile.runtime import build, calls, gemm_mma, gemm_sm90, layout, operands, semantics
 
 pytestmark = pytest.mark.gpu
 
@@ -50,9 +50,12 @@ def guarded_empty(buffers):
 
 
 class Case:
-    """Random operands of one call and its exact result."""
+    """Random operands of one call and its exact result.
 
-    def __init__(self, m, n, k, dtype=torch.bfloat16, seed=0, rank=0, bias=True, activation="none", samples=0,
+    bias, samples: rows of the bias and of the gate; 0 for none.
+    """
+
+    def __init__(self, m, n, k, dtype=torch.bfloat16, seed=0, rank=0, bias=1, activation="none", samples=0,
                  residual=False):  # fmt: skip
         self.generator = torch.Generator("cuda").manual_seed(seed)
         self.m, self.n, self.k, self.dtype = m, n, k, dtype
@@ -65,7 +68,7 @@ class Case:
         self.weight = self.normal(n, k, scale=k**-0.5)
         self.options = {
             "lora_up": self.normal(n, rank, scale=rank**-0.5) if rank else None,
-            "bias": self.normal(n) if bias else None,
+            "bias": self.normal(bias, n) if bias else None,
             "activation": activation,
             "gate": self.normal(samples, n) if samples else None,
             "residual": self.normal(m, n) if residual else None,
@@ -73,6 +76,15 @@ class Case:
 
     def normal(self, *shape, scale=1.0):
         return (scale * torch.randn(*shape, generator=self.generator, device="cuda")).to(self.dtype)
+
+    def on(self, other):
+        """This case with the X of another one."""
+        self.pruned, self.values, self.metadata, self.scale = (
+            other.pruned, other.values, other.metadata, other.scale)  # fmt: skip
+        return self
+
+    def layer(self):
+        return operands.Layer(self.t, self.weight, **self.options)
 
     def run(self, tile=None):
         return gemm_sm90.sparse_gemm(
@@ -125,15 +137,82 @@ def test_any_shape_on_any_tile(m, n, k, rank, dtype, tile, seed):
     n=st.integers(1, 40).map(lambda i: 16 * i),
     activation=st.sampled_from(list(semantics.ACTIVATIONS)),
     residual=st.booleans(),
-    bias=st.booleans(),
+    bias=st.sampled_from(["none", "one", "samples", "rows"]),
     rank=st.sampled_from([0, 16, 64]),
     dtype=dtypes,
     seed=seeds,
 )
 def test_any_epilogue(samples, rows_per_sample, n, activation, residual, bias, rank, dtype, seed):
     m = max(samples, 1) * rows_per_sample
-    case = Case(m, n, 192, dtype, seed, rank, bias, activation, samples, residual)
+    bias_rows = {"none": 0, "one": 1, "samples": max(samples, 1), "rows": m}[bias]
+    case = Case(m, n, 192, dtype, seed, rank, bias_rows, activation, samples, residual)
     case.check(case.run())
+
+
+@pytest.mark.parametrize("tile", list(gemm_sm90.RATES), ids=str)
+@pytest.mark.parametrize("rows_per_sample", [256, 192, 77])
+def test_a_bias_for_each_sample_on_any_tile(tile, rows_per_sample):
+    """With samples that end where the rows of a warpgroup do, inside them, and several of them inside."""
+    case = Case(5 * rows_per_sample, 400, 192, rank=16, bias=5, activation="gelu")
+    case.check(case.run(tile))
+
+
+@pytest.mark.parametrize("tile", list(gemm_sm90.RATES), ids=str)
+def test_gate_and_residual_on_any_tile(tile):
+    case = Case(4 * 333, 784, 320, rank=32, bias=1, activation="gelu_tanh", samples=4, residual=True)
+    case.check(case.run(tile))
+
+
+@few
+@given(
+    m=rows,
+    k=st.integers(1, 12).map(lambda i: 64 * i),
+    layers=st.lists(
+        st.tuples(
+            st.integers(1, 40).map(lambda i: 16 * i),
+            st.sampled_from([0, 16, 64, 80]),
+            st.sampled_from([0, 1, 2]),
+            st.sampled_from(["none", "none", "gelu"]),
+            st.booleans(),
+        ),
+        min_size=2,
+        max_size=7,
+    ),
+    tile=st.sampled_from([None, *gemm_sm90.RATES]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_layers_of_one_x_share_launches(m, k, layers, tile, dtype, seed):
+    """Each (n, rank, rows of the bias, activation, gate and residual) of its own."""
+    m += m % 2
+    cases = [
+        Case(m, n, k, dtype, seed + i, rank, bias, activation, int(tail), tail)
+        for i, (n, rank, bias, activation, tail) in enumerate(layers)
+    ]
+    x = cases[0]
+    call = gemm_sm90.prepare_all(
+        x.values, x.metadata, x.scale, [case.on(x).layer() for case in cases], tile=tile
+    )
+    for case, y in zip(cases, call.run(), strict=True):
+        case.check(y)
+    alone = sum(tail for *_, tail in layers)
+    activations = [activation for *_, activation, tail in layers if not tail]
+    shared = sum(-(-activations.count(a) // gemm_sm90.LAYERS) for a in set(activations))
+    assert len(call.launches) == alone + shared
+
+
+@pytest.mark.parametrize("gemm", [gemm_sm90, gemm_mma])
+@pytest.mark.parametrize("tail", [0, 1])
+def test_y_may_be_columns_of_a_wider_matrix(gemm, tail):
+    case = Case(300, 208, 192, rank=16, samples=tail, residual=bool(tail))
+    x = case.values, case.metadata, case.scale
+    (kernel, grid, packed, encode), *more = gemm.prepare_all(*x, [case.layer()], y_stride=256).launches
+    assert not more
+    whole = torch.full((300, 256), torch.nan, dtype=case.dtype, device="cuda")
+    kernel.launch(0, grid, packed, encode(whole[:, 32:].data_ptr()))
+    case.check(whole[:, 32:240])
+    assert whole[:, :32].isnan().all()
+    assert whole[:, 240:].isnan().all()
 
 
 @few
@@ -144,7 +223,7 @@ def test_any_epilogue(samples, rows_per_sample, n, activation, residual, bias, r
     residual=st.booleans(),
 )
 def test_writes_all_of_y_and_nothing_else(m, n, tile, residual):
-    case = Case(m, n, 128, rank=32, residual=residual and not gemm_sm90._light(tile))
+    case = Case(m, n, 128, rank=32, residual=residual)
     buffers = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "empty", guarded_empty(buffers))
@@ -155,7 +234,7 @@ def test_writes_all_of_y_and_nothing_else(m, n, tile, residual):
 
 @pytest.mark.parametrize(("m", "n", "k"), PAPER_SHAPES)
 def test_no_worse_than_cublas_on_the_pruned_matrix(m, n, k):
-    case = Case(m, n, k, bias=False)
+    case = Case(m, n, k, bias=0)
     case.scale.fill_(1.0)
     exact = case.exact()
     ours = (case.run().double() - exact).norm()
@@ -194,7 +273,7 @@ def test_an_all_zero_row_is_exactly_the_bias():
     case = Case(300, 512, 640)
     case.values[7] = 0
     case.scale[7] = 0
-    assert torch.equal(case.run()[7], case.options["bias"])
+    assert torch.equal(case.run()[7], case.options["bias"][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
