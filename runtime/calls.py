@@ -197,6 +197,9 @@ class _Entry(NamedTuple):
     checks: list[Callable[..., bool]]
 
 
+_KINDS: dict[str, Callable[[Sequence[Tensor]], Any]] = {"Tensor": itemgetter(0)}  # of an op's one return
+
+
 def _under_something() -> bool:
     """Whether a mode or a profiler wants to see each op, or gradients may be wanted of it."""
     return bool(
@@ -225,7 +228,8 @@ class Shortcut:
     def __init__(self, op: Any, known: Known, key: Callable[..., tuple[Options, Operands]]) -> None:
         self.through = op._op
         self._find, self._admit, self._key = known.find, known.admit, key
-        self._single = len(op._schema.returns) == 1
+        returns = [str(value.type) for value in op._schema.returns]
+        self._result = _KINDS.get(returns[0], list) if len(returns) == 1 else tuple
 
     @classmethod
     def install(cls, op: Any, known: Known, key: Callable[..., tuple[Options, Operands]]) -> None:
@@ -246,8 +250,7 @@ class Shortcut:
         except (TypeError, RuntimeError, AttributeError):  # no such operands: the op says what is wrong
             return self.through(*args, **kwargs)
         if call is not None:
-            outputs = call.run()
-            return outputs[0] if self._single else outputs
+            return self._result(call.run())
         result = self.through(*args, **kwargs)
         if not _transformed():
             self._admit(options, operands)

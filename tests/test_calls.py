@@ -560,6 +560,17 @@ def test_wrong_calls_are_refused_by_the_op(driver, dispatched):
             ops.sparsify(*args, **kwargs)
 
 
+@pytest.mark.parametrize("rank", [0, RANK, 320])
+@torch.no_grad()
+def test_results_have_the_type_the_dispatcher_gives(driver, dispatched, rank):
+    layer = Operands(rank=rank)
+    compressed = ops.sparsify("identity", [layer.x], layer.down)
+    for _ in range(2):
+        assert type(ops.sparsify("identity", [layer.x], layer.down)) is tuple
+        assert type(ops.sparse_linear(*compressed, layer.weight)) is torch.Tensor
+    assert dispatched == ["sparsify", "sparse_linear"]
+
+
 def test_an_op_stays_the_key_it_was():
     for op in (ops.sparsify, ops.sparse_linear):
         assert hash(op) == hash(op._op.through)
