@@ -117,9 +117,9 @@ def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) 
         if type(module) in (nn.Linear, LynxLinear)
     }
     for option, globs in (("skip", skip), ("only", only)):
-        for glob in globs:
-            if not any(first_match(name, (glob,)) for name in linears):
-                log.warning("%s=%r matches no linear layer of %s", option, glob, type(model).__name__)
+        for idle in globs:
+            if not any(first_match(name, (idle,)) for name in linears):
+                log.warning("%s=%r matches no linear layer of %s", option, idle, type(model).__name__)
     for name, module in linears.items():
         if glob := first_match(name, skip):
             _decide(module, "dense", f"skip={glob!r}")

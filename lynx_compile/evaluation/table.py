@@ -18,6 +18,7 @@ from .methods import Method
 from .metrics import Distance, distance
 from .perceptual import Scorer
 
+GAP = 4  # pixels between the pictures of a sheet
 ToPictures = Callable[[Tensor], Tensor]
 Features = Callable[[Tensor], Tensor]
 
@@ -171,24 +172,20 @@ class Table:
 
 
 def draw_pictures(path: str | Path, pictures: Mapping[str, Tensor], rows: list[Row]) -> None:
-    """One line of pictures a method, the same prompts in each column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """One line of pictures a method at their own size, the same prompts in each column; 256 colours."""
+    from PIL import Image, ImageDraw, ImageFont
 
     by_name = {row.method: row for row in rows}
-    columns = max(len(images) for images in pictures.values())
-    figure, axes = plt.subplots(len(pictures), 1, figsize=(columns + 4, 1.08 * len(pictures)), squeeze=False)
-    for axis, (name, images) in zip(axes[:, 0], pictures.items(), strict=True):
-        axis.imshow(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        row = by_name[name]
-        label = (
-            name if name == "dense" else f"{name}\n{row.sparse_flops_share:.0%} sparse, {row.psnr_db:.1f} dB"
-        )
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    first = next(iter(pictures.values()))
+    columns, side = len(first), first.shape[-1]
+    label_width, line = 5 * side, side + GAP
+    sheet = Image.new("RGB", (label_width + columns * (side + GAP), line * len(pictures)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(side // 6, 8))
+    for number, (name, images) in enumerate(pictures.items()):
+        row, y = by_name[name], number * line
+        far = f"{row.sparse_flops_share:.0%} sparse, {row.psnr_db:.1f} dB" if row.latent_rel_err else ""
+        draw.multiline_text((4, y + side // 4), f"{name}\n{far}".strip(), fill="black", font=font)
+        pixels = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        for column, picture in enumerate(pixels):
+            sheet.paste(Image.fromarray(picture), (label_width + column * (side + GAP), y))
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
