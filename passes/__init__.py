@@ -4,16 +4,17 @@ from collections.abc import Callable
 
 from torch import fx
 
-from .activation import fold_activations, match_activation
+from .activation import fold_activations
 from .choice import choose_at_run_time
-from .concat import fold_concatenations, match_concatenation
+from .concat import fold_concatenations
 from .epilogue import fold_epilogues
-from .gated import fold_gated, match_gated
+from .gated import fold_gated
 from .linear import Linear, find_linears, lower_markers, sparsify_linears
 from .lora import join_lora
-from .norm import fold_norms, match_norm
+from .norm import fold_norms
 from .normalize import normalize
-from .producer import Producer, recognise
+from .producer import Producer
+from .producers import producer_of
 from .rotary import fold_rotations
 from .rows import split_rows
 from .together import run_together
@@ -30,13 +31,6 @@ FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
     choose_at_run_time,
     run_together,
 )
-PRODUCERS = (match_activation, match_gated, match_norm, match_concatenation)
-
-
-def producer_of(x: fx.Node) -> Producer | None:
-    """What stands in front of a linear layer that reads x, as one of the producers of `sparsify`."""
-    return next((found for match in PRODUCERS if (found := recognise(x, match))), None)
-
 
 __all__ = [
     "FUSIONS",

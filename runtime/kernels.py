@@ -226,7 +226,8 @@ def _linear_key(
     top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
-    place = None if left is None and top is None else tuple((top if left is None else left).shape)
+    beside = top if left is None else left
+    place = None if beside is None else (left is None, *beside.shape)
     return (activation, place, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lynx_compile import attach, passes
@@ -51,3 +52,53 @@ def test_the_sparse_rows_keep_their_data():
     (found,) = passes.split_rows(gm.graph, passes.find_linears(gm.graph))
     assert (found.deflated, found.dense_tokens) == (16, 0)
     assert None not in (found.down, found.up, found.shift)
+
+
+@pytest.mark.parametrize(
+    ("producer", "name"),
+    [
+        (lambda m, x, c: F.gelu(x), "gelu"),
+        (lambda m, x, c: F.layer_norm(x, (64,)) * (1 + c[:, None]) + c[:, None] * 2, "layer_norm"),
+        (lambda m, x, c: F.silu(x) * (x + 1), "silu_mul"),
+        (lambda m, x, c: torch.cat([x, F.gelu(x * 2)], 2), "cat_gelu"),
+    ],
+)
+def test_what_makes_the_input_folds_all_the_same(producer, name):
+    width = 128 if name.startswith("cat") else 64
+    q, k = (
+        attach(nn.Linear(width, n).double().requires_grad_(False), decision="sparse", dense_tokens=3)
+        for n in (64, 128)
+    )
+
+    def forward(m, x, c):
+        h = producer(m, x, c)
+        return torch.cat([m.q(h), m.k(h)], 2)
+
+    c = torch.randn(2, 64, dtype=torch.float64)
+    gm = traced(function(forward, q=q, k=k), X, c)
+    want = gm(X, c)[:, :3]
+    linears = passes.split_rows(gm.graph, passes.find_linears(gm.graph))
+    passes.sparsify_linears(gm.graph, linears)
+    gm.graph.lint()
+    gm.recompile()
+    before = gm(X, c)
+    for fuse in passes.FUSIONS:
+        fuse(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    counts = ops_of(gm)
+    assert (counts[f"sparsify:{name}"], counts["linear"], counts["sparse_linear"]) == (1, 2, 2)
+    assert [
+        node.kwargs.get("top") is not None for node in gm.graph.nodes if "sparse_linear" in str(node.target)
+    ] == [True] * 2
+    torch.testing.assert_close(gm(X, c), before)
+    torch.testing.assert_close(before[:, :3], want)
+    dense = torch.cat([layer(producer(None, X, c)) for layer in (q, k)], 2)
+    assert 0.01 < (before - dense)[:, 3:].norm() / dense[:, 3:].norm() < 0.5
+
+
+def test_an_input_that_is_read_elsewhere_too_is_made_once():
+    q = attach(nn.Linear(64, 64).double().requires_grad_(False), decision="sparse", dense_tokens=3)
+    gm = traced(function(lambda m, x: (lambda h: m.q(h) + h)(F.gelu(x)), q=q), X)
+    passes.sparsify_linears(gm.graph, passes.split_rows(gm.graph, passes.find_linears(gm.graph)))
+    assert ops_of(gm)["gelu"] == 1
