@@ -33,7 +33,8 @@ class Backend:
     """What a user switches on. inductor, mode: on the blocks of the model; neither: eager mode.
 
     everything: sparse wherever it pays, also where the safe defaults stay dense. paper: but not the paper's
-    skipped layers. lora: with a LoRA branch on each sparse layer. fp8: quantises the weights in place.
+    skipped layers. lora: with a LoRA branch on each sparse layer. deflated: whose directions leave X before
+    pruning, as `rt-lynx calibrate` makes them. fp8: quantises the weights in place.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Backend:
     fp8: bool = False
     lynx: bool = False
     lora: bool = False
+    deflated: bool = False
     everything: bool = False
     paper: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -58,6 +60,7 @@ BACKENDS = {
         Backend("rt_lynx", lynx=True, lora=True),
         Backend("rt_lynx-paper-skips", lynx=True, lora=True, everything=True, paper=True),
         Backend("rt_lynx-everything", lynx=True, lora=True, everything=True),
+        Backend("rt_lynx-everything-deflated", lynx=True, lora=True, deflated=True, everything=True),
         Backend("rt_lynx-everything-no-lora", lynx=True, everything=True),
         Backend(
             "rt_lynx-cudagraphs",
@@ -97,7 +100,7 @@ def switch_on(
     if backend.fp8:
         _quantize_fp8(model)
     if backend.lora:
-        attach_random_branches(model, rank, inputs)
+        attach_random_branches(model, rank, inputs, deflated=backend.deflated)
     if backend.lynx:
         skip = PAPER_SKIPS.get(type(model).__name__, ()) if backend.paper else ()
         only = ["*"] if backend.everything else []
@@ -153,11 +156,14 @@ def _lynx(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name.startswith("lynx_")}
 
 
-def attach_random_branches(model: nn.Module, rank: int, inputs: Mapping[str, Any], seed: int = 0) -> int:
+def attach_random_branches(
+    model: nn.Module, rank: int, inputs: Mapping[str, Any], seed: int = 0, deflated: bool = False
+) -> int:
     """A random LoRA branch on every linear layer of the repeated blocks that tokens go through.
 
     As in a calibrated profile, layers that read the same tensor share A; an eager step on `inputs` tells
-    which do. Layers that stay dense ignore theirs. Returns how many were attached.
+    which do. Layers that stay dense ignore theirs. deflated: the branch takes its directions out of X before
+    pruning. Returns how many were attached.
     """
     kinds: Any = model._repeated_blocks
     linears = {
@@ -179,7 +185,7 @@ def attach_random_branches(model: nn.Module, rank: int, inputs: Mapping[str, Any
         for name in group:
             n = linears[name].out_features
             up = torch.randn(n, rank, device=weight.device, dtype=weight.dtype) * (0.01 / rank**0.5)
-            attach(linears[name], down=down, up=up)
+            attach(linears[name], down=down, up=up, deflated=rank if deflated else 0)
         attached += len(group)
     return attached
 
