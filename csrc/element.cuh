@@ -1,6 +1,9 @@
 // The 16-bit element types: packing, unpacking and the warp-level matrix instruction.
 #pragma once
 
+// PORTABLE leaves out what sm_90 added, to try on any GPU what older ones run.
+#define LYNX_SM90 (__CUDA_ARCH__ >= 900 && !defined(PORTABLE))
+
 namespace lynx {
 
 using u32 = unsigned int;
@@ -22,6 +25,35 @@ struct BFloat16 {
         asm("min.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7f807f80u));
         return word;
     }
+
+    // Of both elements; none of them is NaN.
+    static __device__ __forceinline__ u32 magnitude(u32 word) {
+        u32 result;
+        asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(word));
+        return result;
+    }
+    static __device__ __forceinline__ u32 maximum(u32 a, u32 b) {
+        u32 result;
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+        return result;
+    }
+    static __device__ __forceinline__ u32 minimum(u32 a, u32 b) {
+        u32 result;
+        asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+        return result;
+    }
+#if LYNX_SM90  // 0xffff where true, else 0
+    static __device__ __forceinline__ u32 greater(u32 a, u32 b) {
+        u32 mask;
+        asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+        return mask;
+    }
+    static __device__ __forceinline__ u32 greater_equal(u32 a, u32 b) {
+        u32 mask;
+        asm("set.ge.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+        return mask;
+    }
+#endif
 
     // d (16 × 8, fp32) += a (16 × 16) · b (16 × 8)
     static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -54,6 +86,35 @@ struct Float16 {
         asm("min.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0x7c007c00u));
         return word;
     }
+
+    // Of both elements; none of them is NaN.
+    static __device__ __forceinline__ u32 magnitude(u32 word) {
+        u32 result;
+        asm("abs.f16x2 %0, %1;" : "=r"(result) : "r"(word));
+        return result;
+    }
+    static __device__ __forceinline__ u32 maximum(u32 a, u32 b) {
+        u32 result;
+        asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+        return result;
+    }
+    static __device__ __forceinline__ u32 minimum(u32 a, u32 b) {
+        u32 result;
+        asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+        return result;
+    }
+#if LYNX_SM90  // 0xffff where true, else 0
+    static __device__ __forceinline__ u32 greater(u32 a, u32 b) {
+        u32 mask;
+        asm("set.gt.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+        return mask;
+    }
+    static __device__ __forceinline__ u32 greater_equal(u32 a, u32 b) {
+        u32 mask;
+        asm("set.ge.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+        return mask;
+    }
+#endif
 
     static __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -10,8 +10,10 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// ---- copies ------------------------------------------------------------------------------------------------
+
 // 16 bytes from global to shared memory without a register, or zeros where `valid` is false.
-__device__ __forceinline__ void copy_async(u32 shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_async(u32 shared, const void* global, bool valid = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 }
@@ -32,9 +34,48 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
+// ---- barriers ----------------------------------------------------------------------------------------------
+
+// Barrier over the first `kCount` threads of the block.
+template <int kCount> __device__ __forceinline__ void partial_barrier() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kCount) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
+}
+
+// Arrives once all copies this thread has issued so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+#if LYNX_SM90
+#define LYNX_TRY_WAIT "mbarrier.try_wait.parity.shared.b64"  // sleeps a while by itself
+#else
+#define LYNX_TRY_WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n" LYNX_TRY_WAIT " done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+#undef LYNX_TRY_WAIT
+}
+
+// ---- programmatic launch -----------------------------------------------------------------------------------
+
 // Waits until the kernels before this one on the stream are complete and their writes visible.
 __device__ __forceinline__ void dependency_wait() {
-#if __CUDA_ARCH__ >= 900
+#if LYNX_SM90
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -42,63 +83,58 @@ __device__ __forceinline__ void dependency_wait() {
 // Lets the next kernel on the stream start. Only after dependency_wait: a kernel that was let in early may then
 // take for granted that everything before its predecessor is complete.
 __device__ __forceinline__ void dependency_release() {
-#if __CUDA_ARCH__ >= 900
+#if LYNX_SM90
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Barrier over all blocks of a cluster, ordering their shared memory.
-template <int kBlocks> __device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kBlocks > 1) {
-        asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    } else {
-        __syncthreads();
-    }
-#else
-    static_assert(kBlocks == 1, "clusters exist from sm_90 on");
-    __syncthreads();
-#endif
+// ---- clusters: blocks send each other data, which arrives together with its bytes on a barrier ----------------
+
+#if LYNX_SM90
+
+// The barriers this thread has initialized are so for the whole cluster once it has met.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.aligned;" ::: "memory");
 }
 
-// As cluster_barrier, without ordering any memory: for blocks that only must not leave yet.
-template <int kBlocks> __device__ __forceinline__ void cluster_rendezvous() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kBlocks > 1) {
-        asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    }
-#endif
-}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// The address of `pointer`, a variable in this block's shared memory, in block `rank` of the cluster.
-__device__ __forceinline__ u32 cluster_address(const void* pointer, int rank) {
-    u32 address = shared_address(pointer);
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-#endif
+// The address of `shared`, an address in this block's shared memory, in block `rank` of the cluster.
+__device__ __forceinline__ u32 cluster_address(u32 shared, int rank) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
     return address;
 }
 
-__device__ __forceinline__ float2 load_cluster2(u32 address) {
-    float2 v;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
-#else
-    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
-#endif
-    return v;
+__device__ __forceinline__ void send(u32 to, float4 v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+                 : "memory");
 }
 
-__device__ __forceinline__ float4 load_cluster4(u32 address) {
-    float4 v;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-#else
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-#endif
-    return v;
+__device__ __forceinline__ void send(u32 to, float2 v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(to),
+                 "f"(v.x), "f"(v.y), "r"(barrier)
+                 : "memory");
 }
+
+// The one arrival of a barrier on which `bytes` sent by the blocks of the cluster complete.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the first phase of a barrier on which data from other blocks arrives.
+__device__ __forceinline__ void receive(u32 barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier)
+        : "memory");
+}
+
+#endif
 
 }  // namespace lynx

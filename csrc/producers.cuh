@@ -1,11 +1,11 @@
-// What stands in front of the pruning: the producer of X, in fp32, on 16 consecutive channels of a row.
+// What stands in front of the pruning: the producer of X, in fp32.
 //
-// One thread owns 16 channels of two rows at a time. `Operands` is what it loads for them from global memory,
-// issued well before use; `produce` turns them into 8 words of X.
+// One thread owns 16 consecutive channels of two rows at a time and works on 8 of them at once.
 #pragma once
 
 #include "activations.cuh"
 #include "element.cuh"
+#include "portable.cuh"
 
 namespace lynx {
 
@@ -16,52 +16,51 @@ enum Storage { kAbsent = 0, kElement = 1, kFloat = 2 };
 
 __device__ __forceinline__ uint4 load16(const void* address) { return *static_cast<const uint4*>(address); }
 
-// 16 consecutive channels of a row of elements.
-struct Words {
-    u32 w[8];
-
-    __device__ __forceinline__ void load(const char* address) {
-        const uint4 a = load16(address), b = load16(address + 16);
-        w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-    }
-};
-
-template <typename Element> __device__ __forceinline__ void unpack(const u32 (&w)[8], float (&v)[16]) {
+template <typename Element, int kCount>
+__device__ __forceinline__ void unpack(const u32* w, float (&v)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[2 * i] = Element::low(w[i]), v[2 * i + 1] = Element::high(w[i]);
+    for (int i = 0; i < kCount / 2; ++i) v[2 * i] = Element::low(w[i]), v[2 * i + 1] = Element::high(w[i]);
 }
 
-template <typename Element> __device__ __forceinline__ void pack(const float (&v)[16], u32 (&w)[8]) {
+template <typename Element, int kCount>
+__device__ __forceinline__ void pack(const float (&v)[kCount], u32* w) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = Element::pack(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < kCount / 2; ++i) w[i] = Element::pack(v[2 * i], v[2 * i + 1]);
 }
 
-// 16 consecutive channels of a per-channel vector, stored as `kStorage` says.
+// 8 consecutive channels of a per-channel vector, stored as `kStorage` says.
 template <typename Element, int kStorage> struct Channels {
-    __device__ __forceinline__ void load(const char*, int) {}
+    static constexpr int kBytes = 0;  // of one channel
+
+    __device__ __forceinline__ void load(const char*) {}
+    __device__ __forceinline__ void load_shared(u32) {}
     __device__ __forceinline__ float operator[](int) const { return 0.f; }
 };
 
 template <typename Element> struct Channels<Element, kElement> {
-    Words words;
+    static constexpr int kBytes = 2;
+    uint4 words;
 
-    __device__ __forceinline__ void load(const char* vector, int channel) { words.load(vector + channel * 2); }
+    __device__ __forceinline__ void load(const char* address) { words = load16(address); }
+    __device__ __forceinline__ void load_shared(u32 address) { words = lynx::load_shared(address); }
     __device__ __forceinline__ float operator[](int i) const {
-        return i % 2 ? Element::high(words.w[i / 2]) : Element::low(words.w[i / 2]);
+        const u32 word = i / 2 == 0 ? words.x : i / 2 == 1 ? words.y : i / 2 == 2 ? words.z : words.w;
+        return i % 2 ? Element::high(word) : Element::low(word);
     }
 };
 
 template <typename Element> struct Channels<Element, kFloat> {
-    u32 w[16];
+    static constexpr int kBytes = 4;
+    uint4 low, high;
 
-    __device__ __forceinline__ void load(const char* vector, int channel) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint4 v = load16(vector + channel * 4 + i * 16);
-            w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-        }
+    __device__ __forceinline__ void load(const char* address) { low = load16(address), high = load16(address + 16); }
+    __device__ __forceinline__ void load_shared(u32 address) {
+        low = lynx::load_shared(address), high = lynx::load_shared(address + 16);
     }
-    __device__ __forceinline__ float operator[](int i) const { return __uint_as_float(w[i]); }
+    __device__ __forceinline__ float operator[](int i) const {
+        const uint4& words = i < 4 ? low : high;
+        return __uint_as_float(i % 4 == 0 ? words.x : i % 4 == 1 ? words.y : i % 4 == 2 ? words.z : words.w);
+    }
 };
 
 // Number, mean and sum of squared deviations of a set of values; two sets merge without cancellation

@@ -1,19 +1,28 @@
-// Top-2 of each 4 neighbours, their metadata nibble and the kept pair.
+// Top-2 of each 4 neighbours, in two rows at once: byte selectors for the kept pairs, and their metadata.
 #pragma once
 
 #include "element.cuh"
 
 namespace lynx {
 
-// A selection in one word: the metadata nibble (first kept index | second << 2) in the top 4 bits, and in the low
-// 16 the byte selector by which `prmt` picks the kept pair out of the group's two words.
-constexpr u32 kKeep01 = 0x40003210u;
-constexpr u32 kKeep02 = 0x80005410u;
-constexpr u32 kKeep23 = 0xE0007654u;
-constexpr u32 kFirstIsOdd = 0x10000022u;    // 1 in place of 0
-constexpr u32 kSecondIsOdd = 0x40002200u;   // 3 in place of 2
+// The selection of one group in two rows, one in each half of a word: the byte selector by which `prmt` picks the
+// kept pair out of the group's two words. Its nibbles are 2a, 2a + 1, 2b, 2b + 1 for kept indices a < b.
+constexpr u32 kKeep01 = 0x32103210u;
+constexpr u32 kKeep02 = 0x54105410u;
+constexpr u32 kKeep23 = 0x76547654u;
+constexpr u32 kFirstIsOdd = 0x00220022u;   // 1 in place of 0
+constexpr u32 kSecondIsOdd = 0x22002200u;  // 3 in place of 2
 
-// Selection by the scores of a group, none of them NaN. Ties go to the lower index.
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+    return bytes;
+}
+
+// `chosen` where mask is 1, `other` where it is 0.
+__device__ __forceinline__ u32 blend(u32 mask, u32 chosen, u32 other) { return mask & chosen | ~mask & other; }
+
+// Selection by the scores of one group in one row, none of them NaN. Ties go to the lower index.
 __device__ __forceinline__ u32 select_two(float q0, float q1, float q2, float q3) {
     const float high01 = fmaxf(q0, q1), low01 = fminf(q0, q1);
     const float high23 = fmaxf(q2, q3), low23 = fminf(q2, q3);
@@ -25,16 +34,27 @@ __device__ __forceinline__ u32 select_two(float q0, float q1, float q2, float q3
     return selection;
 }
 
-// The kept pair of the group in words (a, b).
-__device__ __forceinline__ u32 kept_pair(u32 a, u32 b, u32 selection) {
-    u32 pair;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(selection));
-    return pair;
+// The same for two rows, whose magnitudes lie in the two halves of each word.
+template <typename Element> __device__ __forceinline__ u32 select_two_rows(u32 q0, u32 q1, u32 q2, u32 q3) {
+    const u32 high01 = Element::maximum(q0, q1), low01 = Element::minimum(q0, q1);
+    const u32 high23 = Element::maximum(q2, q3), low23 = Element::minimum(q2, q3);
+    u32 selection = Element::greater(q1, q0) & kFirstIsOdd | kKeep02;
+    selection |= Element::greater(q3, q2) & kSecondIsOdd;
+    selection = blend(Element::greater_equal(low01, high23), kKeep01, selection);
+    return blend(Element::greater(low23, high01), kKeep23, selection);
 }
 
-// Puts a selection's nibble below those already in `metadata`: groups are pushed last to first.
-__device__ __forceinline__ u32 push_nibble(u32 metadata, u32 selection) {
-    return __funnelshift_l(selection, metadata, 4);
+// The kept pair of the group in words (a, b) of row half h.
+__device__ __forceinline__ u32 kept_pair(u32 a, u32 b, u32 selection, int h) {
+    return permute(a, b, h ? selection >> 16 : selection);
+}
+
+// The metadata word of four groups in two rows: nibble a | b << 2 of each group, in the row's half.
+__device__ __forceinline__ u32 metadata_word(const u32 (&selection)[4]) {
+    // nibbles 2a₀, 2a₁ + 1, 2b₀, 2b₁ + 1
+    const u32 first = blend(0x0f0f0f0fu, selection[0], selection[1]);
+    const u32 last = blend(0x0f0f0f0fu, selection[2], selection[3]);
+    return first >> 1 & 0x00330033u | first >> 7 & 0x00cc00ccu | last << 7 & 0x33003300u | last << 1 & 0xcc00cc00u;
 }
 
 }  // namespace lynx

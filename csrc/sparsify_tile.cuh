@@ -14,7 +14,8 @@ constexpr int kProducer = PRODUCER;
 constexpr int kRank = RANK;
 constexpr int kTiles = kRank ? kRank / 8 : 1;  // of 8 columns of t
 constexpr int kRowWarps = ROW_WARPS, kColumnWarps = COLUMN_WARPS;
-constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
+constexpr int kWorkers = 32 * kRowWarps * kColumnWarps;  // threads that work on X
+constexpr int kThreads = kWorkers + (kRank ? 32 : 0);    // and a warp that copies the LoRA weight
 constexpr int kRowTile = 16 * kRowWarps;
 constexpr int kSplits = SPLITS;  // blocks in a cluster
 constexpr int kChunk = 64;       // columns
@@ -22,9 +23,10 @@ constexpr int kRowBytes = 128;   // of one chunk
 constexpr int kStages = STAGES;  // chunks of a warp in flight, this one included
 constexpr int kInputs = PRODUCER == kActMul ? 2 : 1;
 constexpr int kSlotBytes = 16 * kRowBytes;  // one chunk of one input of a warp
-constexpr int kSlots = kThreads / 32 * kInputs;
+constexpr int kSlots = kWorkers / 32 * kInputs;
 constexpr int kLoraBytes = kColumnWarps * kRank * kRowBytes;  // of one stage
 constexpr int kPartialStride = kRank + 8;  // floats; + 8 keeps the rows of a store in different banks
+constexpr int kOwnRows = (kRowTile + kSplits - 1) / kSplits;  // rows of a tile whose sums one block of a cluster stores
 constexpr bool kNorm = kProducer == kLayerNorm || kProducer == kRmsNorm;
 constexpr bool kTwoInputs = kProducer == kActMul;
 
@@ -41,50 +43,14 @@ struct SparsifyParams {
     char* t;
     long long x_stride, second_stride, mult_stride, add_stride, shift_stride, lora_stride, t_stride;
     int m, k;
-    int first_columns;           // of the first input of cat
+    int first_columns;                    // of the first input of cat
     int mult_rows, add_rows, shift_rows;  // rows of X that share one row of mult, of add, of shift
-    int rank;                    // rows of lora_down; the rest up to kRank counts as zeros
-    int held_rounds;             // rounds of x that stay in shared memory between the passes of a norm
-    int native;                  // scale is 1
-    float eps, mult_offset;      // of the norm, of mult
+    int rank;                             // rows of lora_down; the rest up to kRank counts as zeros
+    int held_rounds;                      // rounds of x that stay in shared memory between the passes of a norm
+    int native;                           // scale is 1
+    float eps, mult_offset;               // of the norm, of mult
     float scale_eps;
 };
-
-// Where the vectors that each sample has its own of begin, for this thread's two rows of X.
-struct SampleRows {
-    const char *mult[2], *add[2], *shift[2];
-};
-
-// The per-channel vectors of 16 channels.
-struct Vectors {
-    Channels<Element, WEIGHT> weight;
-    Channels<Element, BIAS> bias;
-    Channels<Element, MULT> mult;
-    Channels<Element, ADD> add;
-    Channels<Element, SHIFT> shift;
-    Channels<Element, SCORE> score;
-
-    __device__ __forceinline__ void load(const SparsifyParams& p, const SampleRows& rows, int channel) {
-        weight.load(p.weight, channel);
-        bias.load(p.bias, channel);
-        mult.load(rows.mult[0], channel);
-        add.load(rows.add[0], channel);
-        shift.load(rows.shift[0], channel);
-        score.load(p.score, channel);
-    }
-
-    // Rows 8 apart may belong to two samples: the second half's vectors. `load` brings the first half's back.
-    __device__ __forceinline__ void load_second(const SampleRows& rows, int channel) {
-        if (MULT != kAbsent && rows.mult[1] != rows.mult[0]) mult.load(rows.mult[1], channel);
-        if (ADD != kAbsent && rows.add[1] != rows.add[0]) add.load(rows.add[1], channel);
-        if (SHIFT != kAbsent && rows.shift[1] != rows.shift[0]) shift.load(rows.shift[1], channel);
-    }
-};
-
-// Words a thread needs to load them a round ahead; beyond this many it loads them when it needs them.
-constexpr int kVectorWords = 8 * (WEIGHT + BIAS + MULT + ADD + SHIFT + SCORE);
-constexpr bool kVectorsAhead = kVectorWords <= (kRank ? 8 : 32);
-
 
 // Mean and 1/σ of this thread's two rows.
 struct Statistics {
@@ -104,31 +70,26 @@ struct Slice {
     }
 };
 
+// The offset of the 16-byte `piece` in a row of 128 bytes, where each row has its pieces in another order: 8 lanes
+// that read 2 rows × 4 pieces, and 8 that write a row, touch all banks.
+__device__ __forceinline__ u32 piece_offset(int row, int piece) { return row * kRowBytes + (piece ^ row % 8) * 16; }
+
 // Which thread this is, and the part of X it works on.
 struct Position {
     int lane, g, q, row_warp, column_warp, rank, first_row, row_in_tile;
     Slice slice;
-    SampleRows samples;
-    u32 fragment;  // offset of this lane's first 16 bytes in a tile of 128-byte rows
+    u32 fragment;  // offset of this lane's first 16 bytes in a tile of 128-byte rows; ^ 16 leads to the second
 
     __device__ __forceinline__ explicit Position(const SparsifyParams& p)
         : lane(threadIdx.x % 32), g(lane / 4), q(lane % 4), row_warp(threadIdx.x / 32 % kRowWarps),
           column_warp(threadIdx.x / 32 / kRowWarps), rank(blockIdx.x % kSplits),
           first_row(blockIdx.x / kSplits * kRowTile), row_in_tile(16 * row_warp + g), slice(p, rank),
-          fragment(g * kRowBytes + (2 * q ^ g & 1) * 16) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = min(first_row + row_in_tile + 8 * h, p.m - 1);
-            if constexpr (MULT != kAbsent) samples.mult[h] = p.mult + row / p.mult_rows * p.mult_stride;
-            if constexpr (ADD != kAbsent) samples.add[h] = p.add + row / p.add_rows * p.add_stride;
-            if constexpr (SHIFT != kAbsent) samples.shift[h] = p.shift + row / p.shift_rows * p.shift_stride;
-        }
-    }
+          fragment(piece_offset(g, 2 * q)) {}
 
     __device__ __forceinline__ int chunk(int round) const { return slice.begin + round * kColumnWarps + column_warp; }
 };
 
-// A walk through slots or stages of shared memory: `linear` of them once, then a ring of kStages for ever.
+// A walk through slots of shared memory: `linear` of them once, then a ring of kStages for ever.
 template <int kBytes> struct Ring {
     u32 at, first, end;
 
@@ -142,81 +103,101 @@ template <int kBytes> struct Ring {
 };
 
 using Slots = Ring<kSlots * kSlotBytes>;
-using Stages = Ring<kLoraBytes>;
 
 // This warp's copies of x to shared memory, chunk after chunk. Lane l copies piece l % 8 of rows l / 8, + 4, + 8,
-// + 12. Rows past M become zeros. Odd rows have the 16-byte pieces of each pair swapped, here and in the LoRA
-// stages, which spreads the 2 rows × 4 pieces that 8 lanes read over all banks.
+// + 12. Rows past M are copies of the last.
 struct InputCopy {
-    const char *x, *second;
+    const char *x, *second;  // for cat x leads on into the second input
     Slots slot;
-    int chunk, end, rows_left;
+    u32 rows_below;  // rows of X after this lane's first
 
     __device__ __forceinline__ InputCopy(const SparsifyParams& p, const Position& at, u32 slots, int first_round)
-        : slot(slots + at.lane / 8 * kRowBytes + (at.lane % 8 ^ at.lane / 8 & 1) * 16, kNorm ? p.held_rounds : 0),
-          chunk(at.chunk(first_round)), end(at.slice.end) {
-        const long long row = at.first_row + 16 * at.row_warp + at.lane / 8;
+        : slot(slots + piece_offset(at.lane / 8, at.lane % 8), kNorm ? p.held_rounds : 0) {
+        const int chunk = at.chunk(first_round);
+        const long long row = first_row(p, at);
         const long long column = (long long)chunk * kRowBytes + at.lane % 8 * 16;
         x = p.x + row * p.x_stride + column;
         if constexpr (kTwoInputs) second = p.second + row * p.second_stride + column;
-        if constexpr (kProducer == kCat) second = p.second + row * p.second_stride + column - p.first_columns * 2ll;
+        if (kProducer == kCat && chunk * kChunk >= p.first_columns) x = in_second(p, at, chunk);
         slot.skip(first_round);
-        rows_left = p.m - static_cast<int>(row);
+        rows_below = p.m - 1 - static_cast<int>(row);
     }
 
-    __device__ __forceinline__ void next(const SparsifyParams& p) {
-        if (chunk < end) {
-            const bool in_second = kProducer == kCat && chunk * kChunk >= p.first_columns;
-            const char* const from = in_second ? second : x;
-            const long long stride = in_second ? p.second_stride : p.x_stride;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                copy_async(slot.at + i * 4 * kRowBytes, from + i * 4 * stride, 4 * i < rows_left);
-                if constexpr (kTwoInputs) {
-                    copy_async(slot.at + kSlotBytes + i * 4 * kRowBytes, second + i * 4 * p.second_stride,
-                               4 * i < rows_left);
-                }
+    // chunk: the one to copy, of which there may be none.
+    __device__ __forceinline__ void next(const SparsifyParams& p, const Position& at, int chunk) {
+        if (chunk < at.slice.end) {
+            u32 stride = p.x_stride;
+            if (kProducer == kCat && chunk * kChunk >= p.first_columns) {
+                if ((chunk - kColumnWarps) * kChunk < p.first_columns) x = in_second(p, at, chunk);
+                stride = p.second_stride;
             }
+            copy_rows(slot.at, x, stride);
+            if constexpr (kTwoInputs) copy_rows(slot.at + kSlotBytes, second, p.second_stride);
         }
-        chunk += kColumnWarps;
         x += kColumnWarps * kRowBytes;
-        if constexpr (kTwoInputs || kProducer == kCat) second += kColumnWarps * kRowBytes;
+        if constexpr (kTwoInputs) second += kColumnWarps * kRowBytes;
         slot.next();
     }
-};
 
-// The block's copies of the LoRA weight, stage after stage: kColumnWarps chunks of each of its rows.
-struct LoraCopy {
-    static constexpr int kPieces = kRank * kColumnWarps * 8, kRows = kThreads / (8 * kColumnWarps);  // rows a step
-    const char* source;
-    Stages stage;
-    int row, chunk, end;
-
-    __device__ __forceinline__ LoraCopy(const SparsifyParams& p, const Position& at, u32 stages)
-        : stage(stages, 0), row(threadIdx.x / (8 * kColumnWarps)), end(at.slice.end) {
-        const int piece = threadIdx.x % 8, column_warp = threadIdx.x / 8 % kColumnWarps;
-        chunk = at.slice.begin + column_warp;
-        source = p.lora_down + row * p.lora_stride + (long long)chunk * kRowBytes + piece * 16;
-        const u32 offset = (column_warp * kRank + row) * kRowBytes + (piece ^ row & 1) * 16;
-        stage.at += offset, stage.first += offset, stage.end += offset;
+  private:
+    static __device__ __forceinline__ int first_row(const SparsifyParams& p, const Position& at) {
+        return min(at.first_row + 16 * at.row_warp + at.lane / 8, p.m - 1);
     }
-
-    __device__ __forceinline__ void next(const SparsifyParams& p) {
-        if (chunk < end) {
+    static __device__ __forceinline__ const char* in_second(const SparsifyParams& p, const Position& at, int chunk) {
+        return p.second + first_row(p, at) * p.second_stride + (long long)chunk * kRowBytes - p.first_columns * 2ll +
+               at.lane % 8 * 16;
+    }
+    __device__ __forceinline__ void copy_rows(u32 to, const char* from, u32 stride) const {
 #pragma unroll
-            for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
-                if (kPieces % kThreads && row + i * kRows >= kRank) break;
-                // Rows past the rank become zeros. The rank is a multiple of 16, so a step of at most 16 rows is
-                // inside or outside as a whole.
-                const bool valid = (16 % kRows ? row + i * kRows : i * kRows) < p.rank;
-                copy_async(stage.at + i * kRows * kRowBytes, source + i * kRows * p.lora_stride, valid);
-            }
+        for (u32 i = 0; i < 4; ++i) {  // 32 × 32 bits: one instruction each; rows 4 apart differ in bit 2 of the piece
+            const u32 at = (i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes;
+            copy_async(at, from + static_cast<u64>(min(4 * i, rows_below)) * stride);
         }
-        chunk += kColumnWarps;
-        source += kColumnWarps * kRowBytes;
-        stage.next();
     }
 };
+
+// Which stages of the LoRA weight are full and which are empty, for each column of warps.
+struct StageBarriers {
+    static constexpr u32 kToEmpty = 8 * kStages * kColumnWarps;  // bytes from a full barrier to its empty one
+    u64 of[2][kStages][kColumnWarps];
+
+    __device__ __forceinline__ void init() const {
+#pragma unroll 1
+        for (int i = 0; i < kStages * kColumnWarps; ++i) {
+            barrier_init(full(0, 0) + 8 * i, 32);
+            barrier_init(empty(0, 0) + 8 * i, 32 * kRowWarps);
+        }
+    }
+    __device__ __forceinline__ u32 full(int stage, int column_warp) const {
+        return shared_address(of) + 8 * (stage * kColumnWarps + column_warp);
+    }
+    __device__ __forceinline__ u32 empty(int stage, int column_warp) const {
+        return full(stage, column_warp) + kToEmpty;
+    }
+};
+
+// What the warp that copies the LoRA weight does: kStages rounds ahead of the slowest warp of each column.
+__device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Position& at, u32 stages,
+                                          const StageBarriers& barriers) {
+    const char* source = p.lora_down + at.lane / 8 * p.lora_stride + at.lane % 8 * 16 + at.slice.begin * kRowBytes;
+    const u32 offset = piece_offset(at.lane / 8, at.lane % 8);
+    int stage = 0, chunk = at.slice.begin;
+    u32 parity = 1;  // of the phase before the first: the stages begin empty
+#pragma unroll 1
+    while (chunk < at.slice.end) {
+#pragma unroll 1
+        for (int w = 0; w < kColumnWarps && chunk < at.slice.end; ++w, ++chunk, source += kRowBytes) {
+            barrier_wait(barriers.empty(stage, w), parity);
+            const u32 to = stages + (stage * kColumnWarps + w) * kRank * kRowBytes + offset;
+#pragma unroll
+            for (int i = 0; i < kRank / 4; ++i) {  // rows past the rank become zeros
+                copy_async((i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes, source + i * 4 * p.lora_stride, 4 * i < p.rank);
+            }
+            barrier_arrive_after_copies(barriers.full(stage, w));
+        }
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+}
 
 // This thread's 16 channels of row half h of a slot; `fragment` is the slot plus the lane's offset.
 __device__ __forceinline__ void read_slot(u32 fragment, int h, u32 (&w)[8]) {

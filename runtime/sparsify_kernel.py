@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import layout, semantics
+from . import sparsify_geometry as geometry
 from .calls import Call, Launch, pointers
 from .launch import Kernel, multiprocessors
+from .sparsify_geometry import Geometry, Variant, choose, padded_rank
 
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -24,8 +26,6 @@ DEVICE_TYPE = "cuda"
 PARAMETERS = "P" * 9 + "O" * 4 + "q" * 7 + "i" * 9 + "f" * 3  # SparsifyParams in csrc/sparsify_tile.cuh
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
-MAX_CLUSTER = 8  # the largest size every chip with clusters has
-MAX_STAGES = 4  # more make a block so large that the next kernel's does not fit beside it
 
 # Macro values of csrc/producers.cuh and csrc/activations.cuh.
 _PRODUCER_KINDS = {"identity": 0, "act": 1, "act_mul": 2, "layer_norm": 3, "rms_norm": 4, "cat": 5}
@@ -33,32 +33,6 @@ _ACTIVATION_KINDS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 _VECTORS = ("WEIGHT", "BIAS", "MULT", "ADD", "SHIFT", "SCORE")
 _PER_SAMPLE = ("MULT", "ADD", "SHIFT")  # hold a row a sample
 _ABSENT, _ELEMENT, _FLOAT = 0, 1, 2
-
-_SLOT_BYTES = 16 * 128  # one warp's chunk of one input in shared memory
-_RESERVED_BYTES = 1024  # of shared memory a block, by the system
-
-
-class Variant(NamedTuple):
-    """What a kernel is compiled for. rank: of the LoRA branch, padded. storage: of `_VECTORS`."""
-
-    dtype: torch.dtype
-    producer: str
-    rank: int
-    storage: tuple[int, ...]
-
-
-class Geometry(NamedTuple):
-    """How work is laid out.
-
-    A block has row_warps × column_warps warps of 16 rows each, keeps stages − 1 chunks a warp in flight, and
-    leaves room for min_blocks of its kind on a multiprocessor. `splits` blocks, a cluster, share the columns.
-    """
-
-    row_warps: int
-    column_warps: int
-    stages: int
-    min_blocks: int
-    splits: int
 
 
 class Plan(NamedTuple):
@@ -227,16 +201,10 @@ def kernels_for(
         _ABSENT if v is None else _storage(v, name, first.dtype)
         for name, v in zip(_VECTORS, (*vectors, shift, score), strict=True)
     )
-    rank = 0 if lora_down is None else _ceil_div(lora_down.shape[0], 16) * 16
+    rank = 0 if lora_down is None else geometry.ceil_div(lora_down.shape[0], 16) * 16
     parts = {min(rank - begin, MAX_RANK) for begin in range(0, max(rank, 1), MAX_RANK)}
     variants = [Variant(first.dtype, producer, padded_rank(part), storage) for part in parts]
     return [plan(device, variant, m, k).kernel for variant in variants]
-
-
-def padded_rank(rank: int) -> int:
-    """The rank a kernel is compiled for: coarser steps for wider branches keep the variants few."""
-    step = 16 if rank <= 64 else 32
-    return _ceil_div(rank, step) * step
 
 
 @functools.lru_cache(maxsize=4096)
@@ -244,83 +212,15 @@ def plan(device: int, variant: Variant, m: int, k: int) -> Plan:
     """Kernel and geometry for X (m, k) on `device`."""
     properties = torch.cuda.get_device_properties(device)
     smem = properties.shared_memory_per_multiprocessor
-    geometry = choose(variant, m, k, multiprocessors(device), properties.major >= 9, smem)
-    return plan_with(geometry, variant, m, k, smem)
+    chosen = choose(variant, m, k, multiprocessors(device), properties.major >= 9, smem)
+    return plan_with(chosen, variant, m, k, smem)
 
 
-def choose(variant: Variant, m: int, k: int, sms: int, clusters: bool, smem: int) -> Geometry:
-    """Geometry for X (m, k) on a chip of `sms` multiprocessors with `smem` bytes of shared memory each.
-
-    Without LoRA a block takes few rows, so that all multiprocessors have work. With LoRA each block reads the
-    weight of its columns once, which speaks for more rows, and a cluster's blocks share the columns where
-    rows alone cannot fill the chip. Measured on an H200: `docs/kernels.md`.
-    """
-    if variant.rank:
-        wanted = [(2, 6, 1), (4, 2, 2)] if variant.rank <= 64 else [(4, 2, 1)]
-    else:
-        wanted = [(1, 16 if variant.producer == "identity" and not any(variant.storage) else 8, 2)]
-    shapes = [s for s in wanted if _blocks(variant, *s, smem)] or [(4, 1, 1) if variant.rank else (1, 8, 2)]
-    shapes = [(*s[:2], _blocks(variant, *s, smem)) for s in shapes]
-    chunks = k // layout.BLOCK_COLUMNS
-
-    def time(shape: tuple[int, int, int], splits: int) -> int:
-        """Of the busiest multiprocessor, in units of one warp's round: 0.13 µs on an H200 with rank 64."""
-        row_warps, column_warps, blocks = shape
-        grid = _row_tiles(m, row_warps) * splits
-        waves, slots = _ceil_div(grid, sms * blocks), sms * blocks
-        in_turn = _ceil_div(grid, sms) if grid <= slots else waves * blocks
-        rounds = _ceil_div(_ceil_div(chunks, splits), column_warps)
-        return in_turn * (rounds * row_warps * column_warps + (25 if splits == 1 else 32))
-
-    most = MAX_CLUSTER if clusters and (variant.rank or _row_tiles(m, shapes[0][0]) < sms) else 1
-    shape, splits = min(
-        ((shape, splits) for shape in shapes for splits in range(1, most + 1)), key=lambda c: time(*c)
-    )
-    row_warps, column_warps, blocks = shape
-    rounds = _ceil_div(_ceil_div(chunks, splits), column_warps)
-    room = smem // blocks - _RESERVED_BYTES - _static_bytes(row_warps, column_warps)
-    most_stages = room // _stage_bytes(variant, row_warps, column_warps)
-    return Geometry(row_warps, column_warps, min(most_stages, max(rounds, 3), MAX_STAGES), blocks, splits)
-
-
-def _blocks(variant: Variant, row_warps: int, column_warps: int, wanted: int, smem: int) -> int:
-    """How many blocks with at least two stages fit on a multiprocessor, `wanted` at most."""
-    stages = 2 * _stage_bytes(variant, row_warps, column_warps)
-    return min(wanted, smem // (stages + _static_bytes(row_warps, column_warps) + _RESERVED_BYTES))
-
-
-def _row_tiles(m: int, row_warps: int) -> int:
-    """Blocks along M. Metadata is written for whole blocks of 64 rows."""
-    return _ceil_div(_ceil_div(m, layout.BLOCK_ROWS) * layout.BLOCK_ROWS, 16 * row_warps)
-
-
-def _stage_bytes(variant: Variant, row_warps: int, column_warps: int) -> int:
-    inputs = 2 if variant.producer.endswith("_mul") else 1
-    return row_warps * column_warps * _SLOT_BYTES * inputs + column_warps * variant.rank * 128
-
-
-def _static_bytes(row_warps: int, column_warps: int) -> int:
-    return 8 * 16 * row_warps * (2 * column_warps + 1)
-
-
-def plan_with(g: Geometry, variant: Variant, m: int, k: int, smem_of_multiprocessor: int) -> Plan:
-    """The launch of one geometry."""
-    lora = g.stages * g.column_warps * variant.rank * 128
-    round_bytes = _stage_bytes(variant, g.row_warps, g.column_warps) - lora // g.stages
-    rounds = _ceil_div(_ceil_div(k // layout.BLOCK_COLUMNS, g.splits), g.column_warps)
-    room = (
-        smem_of_multiprocessor // g.min_blocks - _RESERVED_BYTES - _static_bytes(g.row_warps, g.column_warps)
-    )
-    held = 0
-    if variant.producer.endswith("_norm"):
-        held = min(rounds, (room - lora) // round_bytes)
-        if held < rounds:
-            held = max((room - lora) // round_bytes - g.stages, 0)
-    slots = held if held == rounds else held + g.stages
-    partial = 4 * g.column_warps * 16 * g.row_warps * (variant.rank + 8) if variant.rank else 0
-    smem = max(lora + slots * round_bytes, partial)
-    grid = _row_tiles(m, g.row_warps) * g.splits
-    return Plan(_kernel(variant, g, smem), (grid, 1, 1), held)
+def plan_with(g: Geometry, variant: Variant, m: int, k: int, smem: int) -> Plan:
+    """The launch of one geometry on multiprocessors with `smem` bytes of shared memory."""
+    memory = geometry.memory(g, variant, k, smem)
+    grid = geometry.row_tiles(m, g.row_warps) * g.splits
+    return Plan(_kernel(variant, g, memory.dynamic), (grid, 1, 1), memory.held_rounds)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -329,7 +229,7 @@ def _kernel(variant: Variant, g: Geometry, smem: int) -> Kernel:
         SOURCE,
         "sparsify",
         parameters=PARAMETERS,
-        threads=32 * g.row_warps * g.column_warps,
+        threads=32 * geometry.warps(g, variant),
         defines=defines(variant, g),
         smem=smem,
         cluster=g.splits,
@@ -358,10 +258,6 @@ def defines(variant: Variant, g: Geometry) -> dict[str, int | str]:
         "STAGES": g.stages,
         "MIN_BLOCKS": g.min_blocks,
     }
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b
 
 
 def _rows(
