@@ -125,7 +125,7 @@ def test_table(tmp_path: Path) -> None:
     assert row.sparse_flops_share == 0.5
     assert 0 < row.latent_rel_err < 1
     assert row.latent_rel_err_ci[0] <= row.latent_rel_err <= row.latent_rel_err_ci[1]
-    for method in weight_methods(workload, ["blocks.0"], 8):
+    for method in weight_methods(workload, ["blocks.0"], [8]):
         table.add(method)
     names = [r.method for r in table.rows]
     assert names[0] == "dense"
@@ -187,7 +187,7 @@ class SmallPipe:
 SMALL = Settings(
     prompts=6,
     steps=3,
-    rank=16,
+    ranks=(8, 16),
     calibration_prompts=16,
     validation_prompts=4,
     distill_prompts=16,
@@ -195,7 +195,7 @@ SMALL = Settings(
     recipe_steps=20,
     joint_steps=4,
     shares=(0.5, 0.4),
-    distilled_share=0.5,
+    main_share=0.5,
     batch_size=8,
 )
 
@@ -214,15 +214,15 @@ def test_study_fills_the_table() -> None:
     study = small_study()
     rows = {row.method: row for row in study.run().rows}
     assert rows["dense"].latent_rel_err == 0
-    chosen = rows["shift + deflation + SL end to end, 50%"]
+    chosen = rows["shift + deflation r16 + SL end to end, 50%"]
     assert chosen.sparse_flops_share >= 0.5 - 1e-9
-    assert chosen.latent_rel_err < rows["SA-NC-LoRA r16, shift + deflation"].latent_rel_err
-    assert rows["shift + deflation + SL end to end, 40%"].sparse_flops_share >= 0.4 - 1e-9
+    assert chosen.latent_rel_err < rows["shift + deflation r16"].latent_rel_err
+    assert rows["shift + deflation r16 + SL end to end, 40%"].sparse_flops_share >= 0.4 - 1e-9
     recipe = rows["SA-NC-LoRA r16, paper's recipe"]
     assert recipe.calibration_s > 0
     assert recipe.details["rank_share_of_k"] == [0.25]
     assert any("joint distillation" in name for name in rows)
-    assert sum("2:4 weights" in name for name in rows) == 5
+    assert sum("2:4 weights" in name for name in rows) == 6
     assert set(recipe.to_json()) == {
         "method",
         "sparse_flops_share",
@@ -239,7 +239,7 @@ def test_study_fills_the_table() -> None:
     assert set(found["class"]) == {"q", "k", "out"}
     assert set(found["block"]) == {"blocks.0", "blocks.1"}
     assert -1 <= found["spearman"]["output"] <= found["spearman"]["velocity"] <= 1
-    watched = study.ground.studies["recipe_against_closed_form"]
+    watched = study.ground.studies["recipe_against_closed_form"]["r16"]
     assert [step for step, _, _ in watched["history"]] == list(range(21))
     assert watched["history"][-1][2] < watched["history"][0][2]
     profile = study.profile()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+log = logging.getLogger(__name__)
 
 
 def replayed(run: Callable[[Any], None], examples: Sequence[Any]) -> Callable[[Any], None]:
@@ -33,8 +36,13 @@ def replayed(run: Callable[[Any], None], examples: Sequence[Any]) -> Callable[[A
             run(example)
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(example)
+    try:
+        with torch.cuda.graph(graph):
+            run(example)
+    except RuntimeError as error:  # something in the model waits for the device
+        torch.cuda.synchronize()
+        log.warning("training runs without a CUDA graph: %s", str(error).split("\n")[0])
+        return run
 
     def replay(example: Any) -> None:
         for into, leaf in zip(held, tree_flatten(example)[0], strict=True):

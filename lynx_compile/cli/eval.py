@@ -24,7 +24,9 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="Another folder of the emoji model.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 512,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    rank: Annotated[int, typer.Option(help="Of every LoRA branch.")] = 16,
+    ranks: Annotated[
+        str, typer.Option(help="Of the branches, by commas; layers are chosen for the last.")
+    ] = "16,64",
     calibration_prompts: Annotated[int, typer.Option(help="For the closed form.")] = 64,
     distill_prompts: Annotated[int, typer.Option(help="For both kinds of training.")] = 256,
     validation_prompts: Annotated[int, typer.Option(help="To choose dense layers and stop training.")] = 64,
@@ -81,7 +83,7 @@ def evaluate(
     settings = Settings(
         prompts=prompts,
         steps=steps,
-        rank=rank,
+        ranks=_numbers(ranks),
         calibration_prompts=calibration_prompts,
         distill_prompts=distill_prompts,
         validation_prompts=validation_prompts,
@@ -131,6 +133,13 @@ def evaluate(
 
 def _listed(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    found = _listed(text)
+    if not found or not all(number.isdigit() and int(number) > 0 for number in found):
+        raise typer.BadParameter(f"--ranks {text!r} is no list of ranks, as 16,64")
+    return tuple(map(int, found))
 
 
 def _line(row: Row) -> str:

@@ -29,14 +29,15 @@ from .clock import Clock
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything. shares: of linear FLOPs × steps sparse, for the rows with layers left dense.
+    """How much of everything.
 
-    distilled_share: the share at which variants are compared with each other.
+    ranks: of the branches; dense layers are chosen for the last.  shares: of linear FLOPs × steps sparse, for
+    the rows with layers left dense.  main_share: the one at which variants are compared with each other.
     """
 
     prompts: int = 512
     steps: int = 20
-    rank: int = 16
+    ranks: tuple[int, ...] = (16, 64)
     calibration_prompts: int = 64
     distill_prompts: int = 256
     validation_prompts: int = 64
@@ -45,7 +46,7 @@ class Settings:
     joint_steps: int = 1000
     joint_lr: float = 3e-4
     shares: tuple[float, ...] = (0.92, 0.85, 0.75, 0.5)
-    distilled_share: float = 0.85
+    main_share: float = 0.85
     batch_size: int = 256
     distill_samples: int = 32
     seed: int = 0
@@ -80,6 +81,7 @@ class Ground:
         self.validation = self.workload(settings.validation_prompts, training)
         self.recording, self.choosing = Clock(), Clock()
         self._choices: dict[float, Choice] = {}
+        self._closed: dict[str, Closed] = {}
 
     def workload(self, count: int, start: int, seed: int = 0) -> Pipeline:
         """Prompts start … start + count; the same seeds for the same `seed`."""
@@ -92,27 +94,33 @@ class Ground:
             seed=s.seed + seed + start,
         )
 
-    @cached_property
-    def shifted(self) -> Closed:
-        """What `calibrate` makes."""
-        return self._calibrated()
+    @property
+    def rank(self) -> int:
+        """Of the branches whose layers are chosen."""
+        return self.settings.ranks[-1]
 
-    @cached_property
-    def plain(self) -> Closed:
+    def ours(self, rank: int) -> Closed:
+        """What `calibrate` makes."""
+        return self._calibrated(rank=rank)
+
+    def lora(self, rank: int) -> Closed:
         """Norm compensation and a LoRA branch of each layer's own, no shift: what the paper trains."""
-        return self._calibrated(shift=False, deflate=False, shared=False)
+        return self._calibrated(rank=rank, shift=False, deflate=False, shared=False)
 
     def _calibrated(self, **options: Any) -> Closed:
-        s, clock = self.settings, Clock()
-        with clock.running():
-            profile = calibrate(self.calibration, rank=s.rank, steps=s.steps, quiet=True, **options)
-        self.log(f"calibrate({', '.join(f'{k}={v}' for k, v in options.items())}): {clock.seconds:.1f} s")
-        return Closed(profile, branches_of(profile, self.model), clock.seconds)
+        called = f"calibrate({', '.join(f'{name}={value}' for name, value in options.items())})"
+        if called not in self._closed:
+            clock = Clock()
+            with clock.running():
+                profile = calibrate(self.calibration, steps=self.settings.steps, quiet=True, **options)
+            self.log(f"{called}: {clock.seconds:.1f} s")
+            self._closed[called] = Closed(profile, branches_of(profile, self.model), clock.seconds)
+        return self._closed[called]
 
     @property
     def names(self) -> list[str]:
         """The layers that may be sparse."""
-        return list(self.shifted.profile.layers)
+        return list(self.ours(self.rank).profile.layers)
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -132,10 +140,10 @@ class Ground:
         with self.choosing.running():
             study = Sensitivity(self.validation, calls=5, quiet=True)
             text = joint_text_rows(study, self.names)
-            profile, branches = self.shifted.profile, self.shifted.branches
-            made = chooser_for(study, profile, branches, FLOPS, self.settings.distilled_share, text)
+            ours = self.ours(self.rank)
+            made = chooser_for(study, ours.profile, ours.branches, FLOPS, self.settings.main_share, text)
         self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
-        self.studies["sensitivity"] = sensitivity_study(study, profile, branches)
+        self.studies["sensitivity"] = sensitivity_study(study, ours.profile, ours.branches)
         return made
 
     def choice(self, share: float) -> Choice:
@@ -143,7 +151,7 @@ class Ground:
         if share not in self._choices:
             chooser = self.chooser
             with self.choosing.running():
-                self._choices[share] = chooser.choose(speed=speed_of(share))
+                self._choices[share] = chooser.choose(speed=speed_of(share), rounds=1)
         return self._choices[share]
 
 

@@ -6,7 +6,7 @@ stage is a function from `Ground` to methods; `run.STAGES` lists them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ class PrunedWeight:
 class Method:
     """One row of the table. layers: the forwards of what it makes sparse.  rank: of its branch.
 
-    details: what else to write down of it (JSON values).
+    details: what else to write down of it (JSON values).  shown: whether its pictures join the sheet.
     """
 
     name: str
@@ -58,43 +58,48 @@ class Method:
     rank: int = 0
     dense_steps: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    shown: bool = True
 
 
 def ladder(ground: Ground) -> Iterator[Method]:
-    """Sparse activations: 2:4 alone, with norm compensation, with the closed form, with the shift too."""
-    names, rank = ground.names, ground.settings.rank
+    """Sparse activations: 2:4 alone, with norm compensation, with branches in closed form, and ours."""
+    names = ground.names
     yield Method("SA-native", {name: Branch(compensation="native") for name in names})
     yield Method("SA-NC", {name: Branch() for name in names})
-    plain, shifted = ground.plain, ground.shifted
-    yield Method(f"SA-NC-LoRA r{rank}, closed form", plain.branches, plain.seconds, rank)
-    yield Method(f"SA-NC-LoRA r{rank}, {OURS}", shifted.branches, shifted.seconds, rank)
+    for rank in ground.settings.ranks:
+        lora, ours = ground.lora(rank), ground.ours(rank)
+        yield Method(f"SA-NC-LoRA r{rank}, closed form", lora.branches, lora.seconds, rank)
+        yield Method(f"{OURS} r{rank}", ours.branches, ours.seconds, rank)
 
 
 def chosen(ground: Ground) -> Iterator[Method]:
-    """Our branches with layers left dense by end-to-end sensitivity, and by local error at equal shares."""
-    branches, s = ground.shifted.branches, ground.settings
-    for share in sorted(s.shares, key=lambda share: abs(share - s.distilled_share)):
+    """Ours with layers left dense by end-to-end sensitivity, and by local error at equal shares."""
+    s, rank = ground.settings, ground.rank
+    for share in sorted(s.shares, key=lambda share: abs(share - s.main_share)):
         choice = ground.choice(share)
-        made = ground.shifted.seconds + ground.choosing.seconds
-        yield method_of(f"{OURS} + SL end to end, {share:.0%}", choice, branches, made, s.rank)
-    errors = {name: layer.error_after or 0.0 for name, layer in ground.shifted.profile.layers.items()}
+        for r in reversed(s.ranks if share == s.main_share else (rank,)):
+            ours = ground.ours(r)
+            seconds = ours.seconds + ground.choosing.seconds
+            title = f"{OURS} r{r} + SL end to end, {share:.0%}"
+            yield method_of(title, choice, ours.branches, seconds, r, share == s.main_share)
+    ours = ground.ours(rank)
+    errors = {name: layer.error_after or 0.0 for name, layer in ours.profile.layers.items()}
     for share in s.shares:
         choice = by_local_error(ground, errors, share)
-        yield method_of(
-            f"{OURS} + SL by local error, {share:.0%}", choice, branches, ground.shifted.seconds, s.rank
-        )
+        title = f"{OURS} r{rank} + SL by local error, {share:.0%}"
+        yield method_of(title, choice, ours.branches, ours.seconds, rank, share == s.main_share)
 
 
 def by_local_error(ground: Ground, errors: Mapping[str, float], share: float) -> Choice:
     """The layers of the least sum of squared local errors at this share."""
-    costs = costs_of(ground.shifted.profile, ground.model, FLOPS)
+    costs = costs_of(ground.ours(ground.rank).profile, ground.model, FLOPS)
     gram = np.diag([error**2 for error in errors.values()])
     problem = problem_of(costs, [(name, 0) for name in errors], gram, ground.settings.steps)
     return pick(points(problem), speed=speed_of(share))
 
 
 def method_of(
-    title: str, choice: Choice, branches: Mapping[str, Branch], seconds: float, rank: int
+    title: str, choice: Choice, branches: Mapping[str, Branch], seconds: float, rank: int, shown: bool
 ) -> Method:
     """A row with the layers of a choice."""
     layers = {name: replace(branches[name], dense_tokens=rows) for name, rows in choice.sparse.items()}
@@ -102,7 +107,7 @@ def method_of(
         "dense_layers": sorted(set(branches) - set(choice.sparse)),
         "text_rows_dense": sorted(name for name, rows in choice.sparse.items() if rows),
     }
-    return Method(title, layers, seconds, rank, choice.dense_steps, details)
+    return Method(title, layers, seconds, rank, choice.dense_steps, details, shown)
 
 
 def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputStatistics]:
@@ -135,11 +140,11 @@ def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputSta
 
 def sparse_weights(ground: Ground) -> Iterator[Method]:
     """The rivals: sparse weights in every layer that may be sparse."""
-    return weight_methods(ground.calibration, ground.names, ground.settings.rank)
+    return weight_methods(ground.calibration, ground.names, ground.settings.ranks)
 
 
-def weight_methods(workload: Workload, names: list[str], rank: int) -> Iterator[Method]:
-    """2:4 weights by magnitude, Wanda, RIA, BaWA and SLiM, one after another."""
+def weight_methods(workload: Workload, names: list[str], ranks: Sequence[int]) -> Iterator[Method]:
+    """2:4 weights by magnitude, Wanda, RIA, BaWA and, for each rank, SLiM."""
     linears = linear_layers(workload.model)
     statistics: dict[str, InputStatistics] = {}
     gathering = Clock()
@@ -155,10 +160,11 @@ def weight_methods(workload: Workload, names: list[str], rank: int) -> Iterator[
         with clock.running(), torch.no_grad():
             layers = {name: PrunedWeight(prune(linears[name].weight, statistics[name])) for name in names}
         yield Method(title, layers, clock.seconds)
-    clock = Clock(gathering.seconds)
-    with clock.running(), torch.no_grad():
-        layers = {name: _slim_layer(linears[name], statistics[name], rank) for name in names}
-    yield Method(f"2:4 weights, SLiM r{rank}", layers, clock.seconds, rank)
+    for rank in ranks:
+        clock = Clock(gathering.seconds)
+        with clock.running(), torch.no_grad():
+            layers = {name: _slim_layer(linears[name], statistics[name], rank) for name in names}
+        yield Method(f"2:4 weights, SLiM r{rank}", layers, clock.seconds, rank)
 
 
 def _slim_layer(module: nn.Linear, statistics: InputStatistics, rank: int) -> PrunedWeight:

@@ -24,20 +24,19 @@ Stage = Callable[[Ground], Iterator[Method]]
 
 
 def distilled(ground: Ground) -> Iterator[Method]:
-    """The layers chosen at `distilled_share` after joint distillation, stopped on validation calls."""
+    """The layers chosen at `main_share` after joint distillation, stopped on validation calls."""
     s, model = ground.settings, ground.model
-    choice = ground.choice(s.distilled_share)
-    clock = Clock(ground.shifted.seconds + ground.choosing.seconds + ground.recording.seconds)
-    branches = ground.shifted.branches
-    start = {name: replace(branches[name], dense_tokens=rows) for name, rows in choice.sparse.items()}
+    choice, ours = ground.choice(s.main_share), ground.ours(ground.rank)
+    clock = Clock(ours.seconds + ground.choosing.seconds + ground.recording.seconds)
+    start = {name: replace(ours.branches[name], dense_tokens=rows) for name, rows in choice.sparse.items()}
     checks = split_calls(ground.checks, 2 * s.validation_prompts)
     with clock.running():
         found = distill_jointly(
             model, ground.calls, checks, start, steps=s.joint_steps, lr=s.joint_lr, check_every=50, quiet=True
         )
     ground.studies["joint_distillation"] = [list(entry) for entry in found.history]
-    title = f"{OURS} + SL end to end, {s.distilled_share:.0%} + joint distillation"
-    yield Method(title, placed(found.branches, model), clock.seconds, s.rank, choice.dense_steps)
+    title = f"{OURS} r{ground.rank} + SL end to end, {s.main_share:.0%} + joint distillation"
+    yield Method(title, placed(found.branches, model), clock.seconds, ground.rank, choice.dense_steps)
 
 
 # name → its methods, in the order they are measured: what the others are compared with comes first.
@@ -81,7 +80,7 @@ class Study:
         """Fill the table."""
         ground, s = self.ground, self.ground.settings
         test = ground.workload(s.prompts, ground.held_out)
-        profile = ground.shifted.profile
+        profile = ground.ours(ground.rank).profile
         tokens = {name: layer.tokens for name, layer in profile.layers.items()}
         shapes = {name: (m.out_features, m.in_features) for name, m in linear_layers(ground.model).items()}
         table = Table(
@@ -98,15 +97,22 @@ class Study:
         )
         other = ground.workload(s.prompts, ground.held_out, seed=100_000)
         table.add_samples("dense, another seed", Table.samples_of(other))
+        failures = []
         for name in self.stages:
-            for method in STAGES[name](ground):
-                table.add(method)
+            try:
+                for method in STAGES[name](ground):
+                    table.add(method)
+            except Exception as error:  # the other stages' rows are worth having all the same
+                ground.log(f"stage {name!r} failed: {type(error).__name__}: {error}")
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return table
 
     def profile(self) -> Profile:
-        """The closed form's profile with the layers chosen at `distilled_share`."""
-        profile = self.ground.shifted.profile
-        apply_choice(profile, self.ground.choice(self.ground.settings.distilled_share))
+        """What `calibrate` makes, with the layers chosen at `main_share`."""
+        profile = self.ground.ours(self.ground.rank).profile
+        apply_choice(profile, self.ground.choice(self.ground.settings.main_share))
         return profile
 
 

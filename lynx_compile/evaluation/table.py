@@ -162,7 +162,8 @@ class Table:
             details,
         )
         self.rows.append(row)
-        self.pictures[method.name] = pictures[: self.keep].cpu()
+        if method.shown:
+            self.pictures[method.name] = pictures[: self.keep].cpu()
         self.note(row)
         return row
 
