@@ -44,7 +44,7 @@ def plot(result: Mapping[str, Any], path: str | Path, title: str = "") -> None:
 
     models = list(result["averages"])
     figure, grid = plt.subplots(
-        1, len(models), figsize=(1.5 + 4 * len(models), 4.5), squeeze=False, sharey=True, layout="constrained"
+        1, len(models), figsize=(1.5 + 4 * len(models), 6), squeeze=False, sharey=True, layout="constrained"
     )
     for axes, model in zip(grid[0], models, strict=True):
         rows = [row for row in result["rows"] if row["model"] == model and row["decision"] == "sparse"]

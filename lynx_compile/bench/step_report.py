@@ -52,7 +52,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> N
 
     panels = list(dict.fromkeys((row["model"], row["resolution"], row["batch"]) for row in rows))
     figure, grid = plt.subplots(
-        1, len(panels), figsize=(1.5 + 4.0 * len(panels), 4.8), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(1.5 + 4.0 * len(panels), 5.2), squeeze=False, layout="constrained"
     )
     for axes, panel in zip(grid[0], panels, strict=True):
         shown = [row for row in rows if (row["model"], row["resolution"], row["batch"]) == panel]
@@ -67,7 +67,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> N
         axes.set_xticks(positions, [row["backend"] for row in shown], rotation=30, ha="right", fontsize=8)
         axes.set_title("{} {} px, batch {}".format(*panel), fontsize=9)
         axes.set_ylabel("ms")
-    grid[0][0].legend(fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
