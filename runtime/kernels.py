@@ -102,13 +102,17 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         if node.target is ops.sparse_linear:
             size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
             if size is not None:
-                behind = [options.get(name) for name in ("bias", "gate", "residual")]
-                units += _gemm_unit(size, args[4], options.get("activation", "none"), *behind)
+                up, bias, gate, residual = (options.get(n) for n in ("lora_up", "bias", "gate", "residual"))
+                activation = options.get("activation", "none")
+                layer = operands.Layer(args[3], args[4], up, bias, activation, gate, residual)
+                units += _gemm_units(size, [layer])
             continue
         if node.target is ops.sparse_linears:
             size = sparsified.get(node.args[0].args[0])
-            for weight, bias, activation in zip(args[4], args[6], args[7], strict=True):
-                units += [] if size is None else _gemm_unit(size, weight, activation, bias, None, None)
+            if size is not None:
+                units += _gemm_units(
+                    size, [operands.Layer(*layer) for layer in zip(*args[3:10], strict=True)]
+                )
             continue
         producer, inputs = args[:2]
         size = _size(producer, inputs)
@@ -121,9 +125,9 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         found = sparsify_kernel.kernels_for(producer, inputs, size.m, size.k, size.device, **tensors)
         units += [kernel.unit(size.arch) for kernel in found]
         if node.target is ops.linears:
-            names = "activations", "biases", "gates", "residuals"
-            for layer in zip(args[2], *(options[name] for name in names), strict=True):
-                units += _gemm_unit(size, *layer)
+            names = "lora_ups", "biases", "activations", "gates", "residuals"
+            layers = zip(args[2], args[2], *(options[name] for name in names), strict=True)
+            units += _gemm_units(size, [operands.Layer(*layer) for layer in layers])
     return build.prebuild(units)
 
 
@@ -154,22 +158,22 @@ def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _gemm_unit(
-    size: _Size,
-    weight: Tensor | None,
-    activation: str,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-) -> list[build.Unit]:
-    if weight is None:
-        return []
-    n = _hint(weight.shape[0])
-    kernel_for = gemm_sm90.kernel_for if _is_hopper(size.device) else gemm_mma.kernel_for
-    tail = gate is not None or residual is not None
-    bias_rows = size.m // max(_hint(operands.samples(bias, n)), 1)
-    kernel = kernel_for(size.device, size.dtype, size.m, n, size.k, activation, tail, bias_rows)
-    return [kernel.unit(size.arch)]
+def _gemm_units(size: _Size, layers: Sequence[operands.Layer]) -> list[build.Unit]:
+    """What the layers of one X launch. Their tensors may be fake: only sizes are read."""
+    units = []
+    hopper = _is_hopper(size.device)
+    known = [layer for layer in layers if layer.weight is not None]
+    for group in gemm_sm90.groups(known) if hopper else [[i] for i in range(len(known))]:
+        widths = tuple(_hint(known[i].weight.shape[0]) for i in group)
+        first = known[group[0]]
+        tail = first.gate is not None or first.residual is not None
+        samples = (operands.samples(known[i].bias, n) for i, n in zip(group, widths, strict=True))
+        rows = min(size.m // max(_hint(count), 1) for count in samples)
+        variant: Any = widths if hopper else widths[0]
+        kernel_for = gemm_sm90.kernel_for if hopper else gemm_mma.kernel_for
+        kernel = kernel_for(size.device, size.dtype, size.m, variant, size.k, first.activation, tail, rows)
+        units.append(kernel.unit(size.arch))
+    return units
 
 
 def _rotary_units(
@@ -193,7 +197,7 @@ def _rotary_units(
     return [kernel.unit(size.arch) for kernel in found]
 
 
-_sparsify_calls, _linear_calls, _placed_calls, _rotary_calls = (Known() for _ in range(4))
+_sparsify_calls, _linear_calls, _placed_calls, _together_calls, _rotary_calls = (Known() for _ in range(5))
 
 
 def _sparsify_key(
@@ -349,6 +353,70 @@ def _sparse_linear(
     return placement.fill(call.run()[0], left, top)
 
 
+def _together_key(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    ts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    given = values, metadata, scale, *ts, *weights, *lora_ups, *biases, *gates, *residuals
+    return (*activations, version), given
+
+
+def _sparse_linears(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    ts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = ops.VERSION,
+) -> list[Tensor]:
+    lists = ts, weights, lora_ups, biases, activations, gates, residuals
+    options, given = _together_key(values, metadata, scale, *lists, version)
+    call = _together_calls.find(options, given)
+    if call is not None:
+        return list(call.run())
+    device = values.get_device()
+    empty = not values.shape[0] or not all(weight.shape[0] for weight in weights)
+    unknown = not set(activations) <= set(semantics.ACTIVATIONS)
+    if _gemm(device, values.dtype) is None or version != ops.VERSION or empty or unknown:
+        return ops._sparse_linears(values, metadata, scale, *lists, version)
+    layers, as_given = [], True
+    for t, weight, up, bias, activation, gate, residual in zip(*lists, strict=True):
+        one = values, metadata, scale, t, weight, up, bias, gate, residual
+        checked = operands.checked(*one)
+        as_given &= all(a is b for a, b in zip(checked, one, strict=True))
+        *compressed, t, weight, up, bias, gate, residual = checked
+        layers.append(operands.Layer(t, weight, up, bias, activation, gate, residual))
+    call = (gemm_sm90 if _is_hopper(device) else gemm_mma).prepare_all(*compressed, layers)
+    if as_given:
+        _together_calls.keep(options, given, call)
+    return list(call.run())
+
+
+def _rotary_key(
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    eps: Sequence[float],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    return (*eps, version), (*parts, *weights, *cos, *sin)
+
+
 def _rotary(
     parts: Sequence[Tensor],
     weights: Sequence[Tensor | None],
@@ -357,8 +425,7 @@ def _rotary(
     sin: Sequence[Tensor],
     version: int = ops.VERSION,
 ) -> Tensor:
-    options = *eps, version
-    given = *parts, *weights, *cos, *sin
+    options, given = _rotary_key(parts, weights, eps, cos, sin, version)
     call = _rotary_calls.find(options, given)
     if call is not None:
         return call.run()[0]
@@ -371,5 +438,8 @@ def _rotary(
 _library.impl("rotary", _rotary)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)
+_library.impl("sparse_linears", _sparse_linears)
 Shortcut.install(ops.sparsify, _sparsify_calls, _sparsify_key)
 Shortcut.install(ops.sparse_linear, _linear_calls, _linear_key)
+Shortcut.install(ops.sparse_linears, _together_calls, _together_key)
+Shortcut.install(rotary.rotary, _rotary_calls, _rotary_key)

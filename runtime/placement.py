@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import layout
 from .calls import Call, Launch
+from .operands import ALIGNMENT
 
 
 def prepare(
@@ -21,8 +22,13 @@ def prepare(
     values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual = layer
     (m, _), n, k = values.shape, weight.shape[0], weight.shape[1]
     device, dtype = values.get_device(), values.dtype
-    if top is None:
-        return None
+    if left is not None:
+        width = left.shape[-1]
+        if width * dtype.itemsize % ALIGNMENT:
+            return None
+        call = prepare_gemm(*layer, y_stride=width + n)
+        return Call(device, [((m, width + n), dtype)], _moved(call, width * dtype.itemsize), call.copies)
+    assert top is not None
     samples, above, _ = top.shape
     rows = m // samples
     if gate is not None or residual is not None or (samples > 1 and rows % layout.BLOCK_ROWS):
