@@ -162,6 +162,9 @@ class Known:
         """The call for these operands, if it was made before; operands may be None."""
         entry = self._entries.get((options, *[-1 if o is None else o.data_ptr() for o in operands]))
         if entry is not None:
+            for i, j in entry.twice:
+                if operands[i] is not operands[j]:
+                    return None
             tensors = entry.present(operands)
             for same in entry.checks:
                 if same(*tensors):
@@ -173,26 +176,34 @@ class Known:
         if not call.copies and all(type(operand) in _PLAIN for operand in operands):
             if len(self._entries) >= MAX_CALLS:
                 self._entries.clear()
-            present = _chosen([i for i, operand in enumerate(operands) if operand is not None])
-            tensors = present(operands)
             key = options, *[-1 if o is None else o.data_ptr() for o in operands]
-            self._entries[key] = _Entry(call, present, Facts(*tensors), [_guard(tensors)])
+            first: dict[int, int] = {}  # where each tensor comes first, by its id: a guard takes it once
+            places = [(i, first.setdefault(id(o), i)) for i, o in enumerate(operands) if o is not None]
+            present = _chosen(list(first.values()))
+            tensors = present(operands)
+            twice = tuple((i, j) for i, j in places if i != j)
+            self._entries[key] = _Entry(call, present, twice, Facts(*tensors), [_guard(tensors)])
         return call
 
     def admit(self, options: Options, operands: Operands) -> None:
         """Let `find` know these operands also in the state of dispatch that the thread is in now."""
         entry = self._entries.get((options, *[-1 if o is None else o.data_ptr() for o in operands]))
-        if entry is not None and len(entry.checks) < MAX_CHECKS:
+        if entry is not None and all(operands[i] is operands[j] for i, j in entry.twice):
             tensors = entry.present(operands)
-            if entry.facts.check(*tensors) and all(type(tensor) in _PLAIN for tensor in tensors):
+            plain = all(type(tensor) in _PLAIN for tensor in tensors)
+            if plain and len(entry.checks) < MAX_CHECKS and entry.facts.check(*tensors):
                 entry.checks.insert(0, _guard(tensors))
 
 
 class _Entry(NamedTuple):
-    """facts: of the operands that the call is for. checks: for the same, one for each state of dispatch."""
+    """facts: of the operands that the call is for. checks: for the same, one for each state of dispatch.
+
+    twice: pairs of places with one tensor in both.
+    """
 
     call: Call
     present: Callable[[Operands], Sequence[Tensor]]
+    twice: tuple[tuple[int, int], ...]
     facts: Facts
     checks: list[Callable[..., bool]]
 

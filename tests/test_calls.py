@@ -236,6 +236,21 @@ def test_options_and_places_are_told_apart(driver, prepared):
     assert prepared.count("linear") == 4
 
 
+def test_a_tensor_may_come_twice(driver, prepared):
+    layer, vector = Operands(), normal(2 * K)
+    both = vector[:K]
+    for _ in range(3):
+        layer.sparsify(shift=both, score=both)
+    assert len(prepared) == 1
+    other = vector.as_strided(
+        (K,), (2,)
+    )  # the same address, every other element: refused, but not taken for both
+    with pytest.raises(ValueError, match="score needs 128 contiguous"):
+        layer.sparsify(shift=both, score=other)
+    layer.sparsify(shift=both, score=vector[:K])
+    assert len(prepared) == 3
+
+
 def test_a_wide_branch_takes_several_launches(driver):
     layer = Operands(rank=320)
     *first, t = layer.sparsify()
