@@ -194,9 +194,75 @@ def coverage(result: Result) -> list[str]:
     return [*lines, "", _source(result, "")]
 
 
+def quality(result: Result) -> list[str]:
+    """Every method against the dense model at the same seeds."""
+    lines = _head(["method", "sparse", "PSNR, dB", "SSIM", "error (95%)", "KID (95%)", "made in, s"])
+    for row in result["rows"]:
+        if row["latent_rel_err"]:
+            cells = [f"{row['sparse_flops_share']:.1%}" if row["sparse_flops_share"] else "–"]
+            cells += [f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", _interval(row, "latent_rel_err", 3)]
+        else:
+            cells = ["–"] * 4
+        cells += [_interval(row, "kid", 3), f"{row['calibration_s']:.1f}" if row["calibration_s"] else "–"]
+        lines.append(_line([row["method"], *cells]))
+    return [*lines, "", _source(result, "{prompts} held-out prompts, {steps} steps")]
+
+
+def quality_race(result: Result) -> list[str]:
+    """How long training takes to the closed form's error."""
+    lines = _head(
+        ["rank", "closed form, s", "its error", "training to within 5%, s", "1%", "0%", "after all steps"]
+    )
+    for rank, race in result["studies"]["recipe_against_closed_form"].items():
+        reached = [race["reached"][slack] for slack in ("5%", "1%", "0%")]
+        times = [
+            "not reached" if at is None else f"{at['seconds']:.1f} (step {at['step']})" for at in reached
+        ]
+        step, seconds, error = race["history"][-1]
+        cells = [f"{race['closed_form_s']:.1f}", f"{race['closed_form_error']:.4f}", *times]
+        lines.append(_line([rank, *cells, f"{error:.4f} ({step} steps, {seconds:.1f} s)"]))
+    return [*lines, "", _source(result, "mean over layers of the relative output error, validation prompts")]
+
+
+def quality_classes(result: Result) -> list[str]:
+    """Each class and each block of layers alone sparse."""
+    study = result["studies"]["sensitivity"]
+    lines = _head(["alone sparse", "velocity's error", "final sample's error"])
+    for by in ("class", "block"):
+        for unit, effect in sorted(study[by].items(), key=lambda entry: -entry[1]["sample"]):
+            lines.append(_line([unit, f"{effect['velocity']:.3f}", f"{effect['sample']:.3f}"]))
+    ranks = study["spearman"]
+    note = f"rank correlation over {len(study['layers'])} layers of the effect on the final sample with "
+    note += f"the layer's own error {ranks['output']:.2f}, with the velocity's {ranks['velocity']:.2f}"
+    return [*lines, "", _source(result, note)]
+
+
+def quality_steps(result: Result) -> list[str]:
+    """The likely set with the first steps dense, and with only them sparse."""
+    study = result["studies"]["sensitivity"]
+    lines = _head(["n", "error, first n steps dense", "error, only the first n sparse"])
+    for n, (dense, sparse) in study["dense_first_steps"].items():
+        lines.append(_line([n, f"{dense:.3f}", f"{sparse:.3f}" if int(n) else "–"]))
+    together = study["interactions"]
+    note = "the layers of one set: root of the sum of squares {sum_of_own:.3f}, sum of vectors "
+    note += "{sum_of_vectors:.3f}, measured together {measured_together:.3f}"
+    return [*lines, "", _source(result, note.format(**together))]
+
+
+def _interval(row: Mapping[str, Any], key: str, digits: int) -> str:
+    if row[key] is None:
+        return "–"
+    low, high = row[f"{key}_ci"]
+    return f"{row[key]:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
 # block name → (result file, what writes it)
 TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
+    "quality": ("quality_emoji.json", quality),
+    "quality-race": ("quality_emoji.json", quality_race),
+    "quality-classes": ("quality_emoji.json", quality_classes),
+    "quality-steps": ("quality_emoji.json", quality_steps),
     "gemm-chains": ("gemm_h200.json", chains),
     "gemm-rates": ("gemm_h200.json", rates),
     "coverage": ("coverage.json", coverage),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def statistics(x: torch.Tensor) -> InputStatistics:
     return InputStatistics(x.T @ x, x.abs().mean(0), len(x))
 
 
+ROOT = Path(__file__).parent.parent
 WEIGHT = torch.tensor([[4.0, -3.0, 2.0, 1.0], [1.0, 1.5, -2.0, 3.0]])
 INPUT = torch.diag(torch.tensor([1.0, 1.0, 4.0, 2.0]))  # channel norms 1, 1, 4, 2
 
@@ -245,6 +247,24 @@ def test_study_fills_the_table() -> None:
     profile = study.profile()
     assert 0 < len(profile.sparse_layers()) < len(profile.layers)
     assert all("sample" in layer.sensitivity for layer in profile.layers.values())
+
+
+def test_tables_of_the_documentation() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    study = small_study(stages=["ladder", "chosen", "recipe"])
+    rows = [row.to_json() for row in study.run().rows]
+    made = {"device": "a GPU", "command": "rt-lynx eval", "commit": "c0", "prompts": 6, "steps": 3}
+    result = json.loads(json.dumps({**made, "rows": rows, "studies": study.ground.studies}))
+    methods = tables.quality(result)
+    assert len(methods) == len(rows) + 4
+    low, high = rows[-1]["latent_rel_err_ci"]
+    assert f"{rows[-1]['latent_rel_err']:.3f} ({low:.3f}–{high:.3f})" in methods[-3]
+    assert "6 held-out prompts, 3 steps; a GPU; `rt-lynx eval`; at c0" in methods[-1]
+    assert len(tables.quality_race(result)) == 2 + 2 + 2
+    assert len(tables.quality_classes(result)) == 2 + 5 + 2  # three classes and two blocks
+    assert len(tables.quality_steps(result)) == 2 + 5 + 2
 
 
 def test_stages_are_named() -> None:

@@ -20,7 +20,9 @@ console = Console()
 def evaluate(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("docs/results/quality_emoji.json"),
     pictures: Annotated[Path | None, typer.Option(help="Where the picture grid goes.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Folder for the profile of the best row.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Folder for the profile of the chosen row, and its plots.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Another folder of the emoji model.")] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 512,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
@@ -126,9 +128,12 @@ def evaluate(
         pictures.parent.mkdir(parents=True, exist_ok=True)
         draw_pictures(pictures, table.pictures, rows)
     if profile is not None:
+        from ..calibration.plots import draw
         from ..profile import save_profile
 
-        save_profile(study.profile(), profile)
+        made = study.profile()
+        save_profile(made, profile)
+        draw(made, profile / "plots", [*study.ground.chooser.points(), *study.ground.measured])
 
 
 def _listed(names: str) -> tuple[str, ...]:

@@ -82,6 +82,7 @@ class Ground:
         self.recording, self.choosing = Clock(), Clock()
         self._choices: dict[float, Choice] = {}
         self._closed: dict[str, Closed] = {}
+        self.measured: list[Choice] = []  # every choice that was measured
 
     def workload(self, count: int, start: int, seed: int = 0) -> Pipeline:
         """Prompts start … start + count; the same seeds for the same `seed`."""
@@ -151,7 +152,9 @@ class Ground:
         if share not in self._choices:
             chooser = self.chooser
             with self.choosing.running():
-                self._choices[share] = chooser.choose(speed=speed_of(share), rounds=1)
+                self._choices[share] = chooser.choose(
+                    speed=speed_of(share), rounds=1, note=self.measured.append
+                )
         return self._choices[share]
 
 
