@@ -30,7 +30,8 @@ def run(
     """Start two processes a backend; rows of {model, backend, cold_s, warm_s, faster, step_ms}.
 
     cold_s, warm_s: switching the backend on and the first step, less a later step, in the first and in the
-    second process: imports, tracing, compiling or loading. blocks: of each kind; None for all. Raises RuntimeError when a process fails.
+    second process: imports, tracing, compiling or loading. blocks: of each kind; None for all.
+    Raises RuntimeError when a process fails.
     """
     rows = []
     for backend in backends:
