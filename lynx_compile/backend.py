@@ -22,7 +22,7 @@ from .options import Options
 from .passes import Linear
 from .passes.graph import expression, hint, skip_row_views, tensor
 from .report import GraphReport, Row, record
-from .runtime import kernels
+from .runtime import ahead
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _pattern(linear: Linear) -> str | None:
 def _build_kernels_ahead(graph: fx.Graph) -> None:
     """Compile kernels in the background, while Inductor compiles the rest; else they build on first use."""
     try:
-        kernels.prepare(graph, tensor)
+        ahead.prepare(graph, tensor)
     except Exception:
         log.debug("kernels are built on first use", exc_info=True)
 

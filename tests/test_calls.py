@@ -19,7 +19,18 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lynx_compile.runtime import calls, gemm_mma, gemm_sm90, kernels, launch, ops, sparsify_kernel
+from lynx_compile.runtime import (
+    ahead,
+    build,
+    calls,
+    gemm_mma,
+    gemm_sm90,
+    kernels,
+    launch,
+    operands,
+    ops,
+    sparsify_kernel,
+)
 
 M, N, K, RANK = 96, 32, 128, 16
 
@@ -65,6 +76,7 @@ def driver(request, monkeypatch):
     monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: request.param.prepare)
     monkeypatch.setattr(kernels, "_sparsify_calls", calls.Known())
     monkeypatch.setattr(kernels, "_linear_calls", calls.Known())
+    monkeypatch.setattr(kernels, "_together_calls", calls.Known())
     for cached in (sparsify_kernel.plan, sparsify_kernel._kernel, gemm_sm90.kernel, gemm_mma.kernel,
                    gemm_mma._overlaps, launch.multiprocessors, launch.tensor_map):  # fmt: skip
         cached.cache_clear()
@@ -208,6 +220,25 @@ def test_what_a_known_call_would_misread_is_refused(driver, change, error, messa
     layer.linear(compressed)
     with pytest.raises(error, match=message):
         layer.linear(compressed, **change(layer))
+
+
+def test_layers_of_one_input_are_checked_once(driver, monkeypatch):
+    layer, weights = Operands(), [normal(n, K) for n in (N, 2 * N, 4 * N)]
+    ups = [normal(n, RANK) for n in (N, 2 * N, 4 * N)]
+    checked = []
+    original = operands.checked
+    monkeypatch.setattr(operands, "checked", lambda *args: (checked.append(args), original(*args))[1])
+    *compressed, t = layer.sparsify()
+    lists = [t] * 3, weights, ups, [layer.bias, None, None], ["none"] * 3, [None] * 3, [None] * 3
+    results = [kernels._sparse_linears(*compressed, *lists) for _ in range(3)]
+    assert len(checked) == 3
+    assert [[y.shape for y in ys] for ys in results] == [[(M, n) for n in (N, 2 * N, 4 * N)]] * 3
+    written = {pointer for launched in driver.launches for pointer in parameters(launched)}
+    assert {y.data_ptr() for ys in results for y in ys} <= written
+    other = normal(M, RANK)
+    kernels._sparse_linears(*compressed, [t, t, other], *lists[1:])
+    assert len(checked) == 6
+    assert other.data_ptr() in {t.data_ptr() for call in checked for t in call if t is not None}
 
 
 @pytest.mark.parametrize("samples", [1, 3, 96])
@@ -394,10 +425,10 @@ def graph():
 @pytest.mark.parametrize("together", [True, False], ids=["linears", "apart"])
 def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, together, portable):
     monkeypatch.setattr(kernels, "unavailable_reason", lambda device, dtype: None)
-    monkeypatch.setattr(kernels, "_is_hopper", lambda device: not portable)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: not portable)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     asked = []
-    monkeypatch.setattr(kernels.build, "prebuild", lambda units: asked.extend(units) or [])
+    monkeypatch.setattr(build, "prebuild", lambda units: asked.extend(units) or [])
     x, down = graph.known("x", 2, M, K, dynamic=True), graph.known("a", 3 * RANK, K)
     weights = [graph.known(f"w{i}", n, K) for i, n in enumerate((N, 9 * N, 9 * N))]
     bias, gate = graph.known("b", 2, N, dynamic=True), graph.known("g", 2, 9 * N, dynamic=True)
@@ -425,10 +456,10 @@ def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, t
         for weight, layer in zip(weights, layers, strict=True):
             options = {name: value for name, value in zip(names, layer, strict=True) if value is not None}
             graph.call_function(ops.sparse_linear, (*parts, weight), options)
-    kernels.prepare(graph, graph.tensor_of)
+    ahead.prepare(graph, graph.tensor_of)
 
     def launched(tensor):
-        shape = () if tensor is None else map(kernels._hint, graph.tensor_of(tensor).shape)
+        shape = () if tensor is None else map(ahead._hint, graph.tensor_of(tensor).shape)
         return None if tensor is None else torch.zeros(*shape, dtype=torch.bfloat16)
 
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from lynx_compile.runtime import build, gemm_mma, kernels, layout, ops, semantics
+from lynx_compile.runtime import ahead, build, gemm_mma, kernels, layout, ops, semantics
 
 from .conftest import Operands, assert_rounded
 
@@ -177,7 +177,7 @@ def test_prepare_compiles_what_a_graph_launches(tmp_path, monkeypatch):
     parts = [graph.call_function(operator.getitem, (compressed, i)) for i in range(4)]
     options = {"lora_up": up, "activation": "silu"}
     graph.output(graph.call_function(ops.sparse_linear, (*parts, weight), options))
-    started = kernels.prepare(graph, lambda node: node.meta.get("example_value"))
+    started = ahead.prepare(graph, lambda node: node.meta.get("example_value"))
     assert len(started) == 2
     assert all(future.result()[:4] == b"\x7fELF" for future in started)
     compiled = []
