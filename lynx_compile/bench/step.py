@@ -148,6 +148,7 @@ class Comparison:
     ) -> list[Row]:
         """Compile each backend, then time them in turn. Returns the rows by backend."""
         start_workers(self.device)
+        step(self.model, next(iter(self.inputs.values())))  # cuBLAS and cuDNN start: nobody's compilation
         for backend in backends:
             self.progress(f"{self.name}: {backend.name}")
             caches = nullcontext() if backend.name in self.warm else cold_caches()
