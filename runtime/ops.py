@@ -19,7 +19,6 @@ costs nine. What compiled graphs pass comes first and by position: a keyword cos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,10 +48,10 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
-    "linears(str producer, Tensor?[] inputs, Tensor[] weights, int min_tokens, *, float eps=0.0, "
-    "float mult_offset=0.0, Tensor? shift=None, Tensor? score=None, Tensor? lora_down=None, "
-    "str compensation='norm', int deflated=0, Tensor?[] biases, Tensor?[] dense_biases, "
-    "Tensor?[] lora_ups, int[] columns, str[] activations, Tensor?[] gates, Tensor?[] residuals, "
+    "linears(str producer, Tensor?[] inputs, Tensor[] weights, int min_tokens, Tensor?[] biases, "
+    "Tensor?[] dense_biases, Tensor?[] lora_ups, int[] columns, str[] activations, Tensor?[] gates, "
+    "Tensor?[] residuals, Tensor? lora_down=None, float eps=0.0, float mult_offset=0.0, "
+    "Tensor? shift=None, Tensor? score=None, str compensation='norm', int deflated=0, "
     f"int version={VERSION}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
@@ -244,14 +243,6 @@ def _linears(
     inputs: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     min_tokens: int,
-    *,
-    eps: float = 0.0,
-    mult_offset: float = 0.0,
-    shift: Tensor | None = None,
-    score: Tensor | None = None,
-    lora_down: Tensor | None = None,
-    compensation: str = "norm",
-    deflated: int = 0,
     biases: Sequence[Tensor | None],
     dense_biases: Sequence[Tensor | None],
     lora_ups: Sequence[Tensor | None],
@@ -259,6 +250,13 @@ def _linears(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    lora_down: Tensor | None = None,
+    eps: float = 0.0,
+    mult_offset: float = 0.0,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    compensation: str = "norm",
+    deflated: int = 0,
     version: int = VERSION,
 ) -> list[Tensor]:
     """Every layer of one X: sparse from `min_tokens` rows on, dense below.
@@ -326,9 +324,21 @@ def _linears_fake(
     inputs: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     min_tokens: int,
-    *,
+    biases: Sequence[Tensor | None],
+    dense_biases: Sequence[Tensor | None],
+    lora_ups: Sequence[Tensor | None],
+    columns: Sequence[int],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    lora_down: Tensor | None = None,
+    eps: float = 0.0,
+    mult_offset: float = 0.0,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    compensation: str = "norm",
+    deflated: int = 0,
     version: int = VERSION,
-    **arguments: Any,
 ) -> list[Tensor]:
     _check_version(version)
     x = inputs[0]
