@@ -17,7 +17,7 @@ from lynx_compile.evaluation.ground import Ground, Settings, speed_of
 from lynx_compile.evaluation.methods import Method, weight_methods
 from lynx_compile.evaluation.metrics import MAX_PSNR, Mean, psnr, relative_error, ssim
 from lynx_compile.evaluation.recipe import output_errors, race
-from lynx_compile.evaluation.run import Study
+from lynx_compile.evaluation.run import STAGES, Study
 from lynx_compile.evaluation.table import Table, draw_pictures
 from lynx_compile.evaluation.weight_sparsity import (
     InputStatistics,
@@ -270,6 +270,26 @@ def test_tables_of_the_documentation() -> None:
 def test_stages_are_named() -> None:
     with pytest.raises(ValueError, match="stage 'wights' is unknown; stages are ladder"):
         small_study(stages=["wights"])
+
+
+def test_a_time_limit_keeps_what_is_measured() -> None:
+    told: list[str] = []
+    study = small_study(log=told.append, limit_s=0.0)
+    assert [row.method for row in study.run().rows] == ["dense", "dense, another seed"]
+    assert told[-1] == "the time limit cut the study short"
+
+
+def test_a_failing_stage_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_ground: Ground) -> None:
+        raise ArithmeticError("no such method")
+
+    monkeypatch.setitem(STAGES, "weights", fails)
+    study = small_study(stages=["weights", "ladder"])
+    rows: list[str] = []
+    study.note = lambda row: rows.append(row.method)
+    with pytest.raises(ArithmeticError, match="no such method"):
+        study.run()
+    assert rows[-1] == "shift + deflation r16"
 
 
 def test_race_reads_off_when_training_gets_there() -> None:

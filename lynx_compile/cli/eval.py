@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,7 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Further metrics, by commas: fid, clip-score, clip-iqa, image-reward.")
     ] = "",
+    limit: Annotated[float, typer.Option(help="Seconds after which no further method is begun.")] = math.inf,
     real: Annotated[
         Path | None, typer.Option(help="Archive of real pictures for KID (prepare.py makes it).")
     ] = None,
@@ -118,6 +120,7 @@ def evaluate(
             lambda text: console.print(text, markup=False),
             stages,
             scorers,
+            limit,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..calibration.choose import apply_choice
-from ..calibration.joint import distill_jointly
-from ..calibration.refine import split_calls
 from ..profile import Profile
 from ..profile.fingerprint import linear_layers
-from .clock import Clock
-from .ground import Ground, Settings, branches_of, placed
-from .methods import OURS, Method, chosen, ladder, sparse_weights
+from .distilled import distilled
+from .ground import Ground, Settings, branches_of
+from .levers import levers
+from .methods import Method, chosen, ladder, sparse_weights
 from .perceptual import Scorer
 from .recipe import paper_recipe
 from .table import Features, Row, Table, ToPictures
@@ -23,29 +23,14 @@ from .table import Features, Row, Table, ToPictures
 Stage = Callable[[Ground], Iterator[Method]]
 
 
-def distilled(ground: Ground) -> Iterator[Method]:
-    """The layers chosen at `main_share` after joint distillation, stopped on validation calls."""
-    s, model = ground.settings, ground.model
-    choice, ours = ground.choice(s.main_share), ground.ours(ground.rank)
-    clock = Clock(ours.seconds + ground.choosing.seconds + ground.recording.seconds)
-    start = {name: replace(ours.branches[name], dense_tokens=rows) for name, rows in choice.sparse.items()}
-    checks = split_calls(ground.checks, 2 * s.validation_prompts)
-    with clock.running():
-        found = distill_jointly(
-            model, ground.calls, checks, start, steps=s.joint_steps, lr=s.joint_lr, check_every=50, quiet=True
-        )
-    ground.studies["joint_distillation"] = [list(entry) for entry in found.history]
-    title = f"{OURS} r{ground.rank} + SL end to end, {s.main_share:.0%} + joint distillation"
-    yield Method(title, placed(found.branches, model), clock.seconds, ground.rank, choice.dense_steps)
-
-
 # name → its methods, in the order they are measured: what the others are compared with comes first.
 STAGES: dict[str, Stage] = {
     "ladder": ladder,
     "chosen": chosen,
-    "recipe": paper_recipe,
     "weights": sparse_weights,
-    "distilled": distilled,
+    "levers": levers,
+    "distilled": distilled,  # last: its branches take the place of the closed form's in the profile
+    "recipe": paper_recipe,
 }
 
 
@@ -53,7 +38,7 @@ class Study:
     """One pipeline and its prompts. prompts(count, start): disjoint ranges share no prompt.
 
     stages: names of STAGES; all by default.  note: told each row as it is measured.  scorers: of further
-    metrics.
+    metrics.  limit_s: seconds after which no further method is begun.
     """
 
     def __init__(
@@ -68,6 +53,7 @@ class Study:
         log: Callable[[str], None] = lambda _: None,
         stages: Sequence[str] = tuple(STAGES),
         scorers: Mapping[str, Scorer] | None = None,
+        limit_s: float = math.inf,
     ) -> None:
         unknown = [name for name in stages if name not in STAGES]
         if unknown:
@@ -75,6 +61,7 @@ class Study:
         self.ground = Ground(pipe, prompts, settings, log)
         self.to_pictures, self.features, self.real = to_pictures, features, real
         self.note, self.stages, self.scorers = note, stages, scorers or {}
+        self.ends = time.monotonic() + limit_s
 
     def run(self) -> Table:
         """Fill the table."""
@@ -100,11 +87,14 @@ class Study:
         failures = []
         for name in self.stages:
             try:
-                for method in STAGES[name](ground):
+                methods = STAGES[name](ground)
+                while time.monotonic() < self.ends and (method := next(methods, None)) is not None:
                     table.add(method)
             except Exception as error:  # the other stages' rows are worth having all the same
                 ground.log(f"stage {name!r} failed: {type(error).__name__}: {error}")
                 failures.append(error)
+        if time.monotonic() >= self.ends:
+            ground.log("the time limit cut the study short")
         if failures:
             raise failures[0]
         return table
