@@ -49,9 +49,12 @@ constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages *
 
 constexpr int kPrefetchSteps = 16;
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = kConsumers == 2 ? 32 : 56;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 152;
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
+// What a block gets at its launch; who asks for more waits for ever.
+constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kConsumers + 1);
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= kRegisters, "too many registers asked for");
 static_assert(kConsumers * kBoxBytes <= kWeightBytes + kValueBytes, "a residual step must fit into a slot");
 static_assert(kSharedBytes <= 227 * 1024, "the ring must fit into shared memory: fewer stages or a smaller tile");
 static_assert(kTileM % (64 * kClusterN) == 0 && kTileN % (8 * kClusterM) == 0, "each block loads whole swizzle atoms");
