@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lynx_compile.calibration import Inputs, emulate
+from lynx_compile.calibration.amplification import amplification
 from lynx_compile.calibration.factors import Factors
-from lynx_compile.calibration.joint import Pool, Trained, distill_jointly
+from lynx_compile.calibration.joint import Pool, Trained, distill_jointly, velocity_judge
 from lynx_compile.calibration.refine import record
 from lynx_compile.profile import Branch
 
@@ -59,8 +60,9 @@ def test_loss_falls_on_calls_never_seen_and_the_best_is_kept(model, deflate) -> 
     calls = record(Inputs(model, inputs(34)), quiet=True)
     start = branches(deflate)
     found = distill_jointly(
-        model, calls[:30], calls[30:], start, steps=100, batch=16, lr=1e-2, check_every=20, quiet=True
-    )
+        model, calls[:30], velocity_judge(model, calls[30:]), start,
+        steps=100, batch=16, lr=1e-2, check_every=20, quiet=True,
+    )  # fmt: skip
     losses = [held_out for _, _, held_out in found.history]
     assert min(losses) < 0.9 * losses[0]
     assert found.branches["q"].down is found.branches["k"].down  # as shared as it was
@@ -85,16 +87,57 @@ def test_no_gradient_is_lost_in_an_all_zero_row(model) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in factors.parameters)
 
 
-def test_stops_when_held_out_calls_no_longer_improve(model) -> None:
-    calls = record(Inputs(model, inputs(3)), quiet=True)
+def test_stops_when_the_judge_sees_no_improvement_and_keeps_what_it_liked_best(model) -> None:
+    calls = record(Inputs(model, inputs(2)), quiet=True)
+    judged = []
+
+    def judge(branches) -> float:
+        judged.append(branches)
+        return [5.0, 4.0, 3.0, 3.5, 3.5, 3.5, 1.0][len(judged) - 1]
+
     found = distill_jointly(
-        model, calls[:1], calls[1:], branches(True), steps=1000, lr=1.0, check_every=1, patience=3, quiet=True
+        model, calls, judge, branches(True), steps=100, check_every=1, patience=3, quiet=True
     )
-    assert len(found.history) < 50
+    assert [entry[2] for entry in found.history] == [5.0, 4.0, 3.0, 3.5, 3.5, 3.5]
+    assert found.branches is judged[2]
+    assert not torch.equal(judged[1]["q"].down, judged[2]["q"].down)
+
+
+def test_weights_count_whole_runs_and_scale_the_loss(model) -> None:
+    calls = record(Inputs(model, inputs(4)), quiet=True)
+    losses = [velocity_judge(model, [call])(branches(True)) for call in calls]
+    weighted = velocity_judge(model, calls, weights=[0.5, 1.5])(branches(True))
+    expected = (0.5 * (losses[0] + losses[2]) + 1.5 * (losses[1] + losses[3])) / 4
+    assert weighted == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="4 calls are no whole number of runs of 3"):
+        Pool(calls, weights=[1.0, 1.0, 1.0])
+
+
+class Loop(Inputs):
+    """Two steps of x ← x + v, the first v grown fourfold on its way."""
+
+    @torch.no_grad()
+    def run(self, batch: int) -> torch.Tensor:
+        x = self.inputs[batch]
+        return 4 * self.model(x) + self.model(x * 0.5)
+
+
+def test_amplification_is_what_errors_of_a_step_do_to_the_sample(model) -> None:
     start = branches(True)
-    assert torch.equal(found.branches["q"].down, start["q"].down) or found.history[0][2] > min(
-        entry[2] for entry in found.history
-    )
+    found = amplification(Loop(model, inputs(3)), start)
+    assert sum(found) / 2 == pytest.approx(1.0)
+    parts = []
+    for factor, scale in ((4.0, 1.0), (1.0, 0.5)):
+        x = [value * scale for value in inputs(3)]
+        with torch.no_grad():
+            dense = [model(v) for v in x]
+            with emulate(model, start):
+                apart = [model(v) - d for v, d in zip(x, dense, strict=True)]
+        relative = torch.cat(
+            [a.square().sum((1, 2)) / d.square().sum((1, 2)) for a, d in zip(apart, dense, strict=True)]
+        )
+        parts.append(sum(float((factor * a).square().sum()) for a in apart) / float(relative.mean()))
+    assert found[0] / found[1] == pytest.approx(parts[0] / parts[1], rel=1e-3)
 
 
 def test_guided_pairs_stay_together(model) -> None:

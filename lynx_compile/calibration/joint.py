@@ -1,10 +1,11 @@
 """Joint distillation: all branches trained together on the velocity of the whole transformer.
 
-    loss = mean over samples of ‖v − v̂‖² / ‖v‖²
+    loss = mean over samples of w · ‖v − v̂‖² / ‖v‖²
 
-v is the dense model's velocity, under classifier-free guidance the guided one. Layers correct each other's
-errors, which no fit of single layers can. Training starts from the closed form and keeps the branches with
-the least loss on held-out calls. On a GPU one step is a CUDA graph.
+v is the dense model's velocity, under classifier-free guidance the guided one; w says what an error at that
+step does to the final sample (`amplification`). Layers correct each other's errors, which no fit of single
+layers can. Training starts from the closed form and keeps the branches that a judge of held-out prompts likes
+best. On a GPU one step is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ from .factors import Factors
 from .refine import Call
 from .workload import first_tensor
 
+_VELOCITY, _WEIGHT = "", "weight of a sample"  # columns of a pool beside the arguments
 MAX_NORM = 1.0  # of the gradient of all factors together
 WARM_UP = 50  # steps in which the learning rate rises
 # cuDNN's attention backward gives NaN or writes out of bounds for short sequences (torch 2.11, H200).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+Judge = Callable[[Mapping[str, Branch]], float]
+
+
 @dataclass(frozen=True)
 class Distilled:
-    """Result of `distill_jointly`: the best branches, and (step, training loss, held-out loss) as it went."""
+    """Result of `distill_jointly`: the best branches, and (step, training loss, judged error) as it went."""
 
     branches: dict[str, Branch]
     history: list[tuple[int, float, float]]
@@ -44,49 +49,47 @@ class Distilled:
 def distill_jointly(
     model: nn.Module,
     calls: Sequence[Call],
-    held_out: Sequence[Call],
+    judge: Judge,
     branches: Mapping[str, Branch],
     *,
     steps: int = 2000,
     batch: int = 32,
     lr: float = 1e-3,
     guidance: float | None = None,
+    weights: Sequence[float] | None = None,
     check_every: int = 200,
     patience: int = 5,
     seed: int = 0,
     quiet: bool = False,
-    report: Callable[[int, dict[str, Branch]], None] | None = None,
 ) -> Distilled:
-    """Train A, B and shift of all branches, and keep those with the least held-out loss.
+    """Train A, B and shift of all branches, and keep those with the least error on held-out prompts.
 
-    calls, held_out: of the dense model, all of one resolution (`refine.record`); a step draws `batch` samples
-    from all of them. guidance: the scale of classifier-free guidance where a call's batch holds the negative
-    half first, then the positive; None for models that are called once a step. Adam, a cosine to zero. Stops
-    after `patience` checks without improvement. The start is one of the candidates: the result is never worse
-    on the held-out calls than what was given. report(step, branches) is called at every check.
+    calls: of the dense model, all of one resolution (`refine.record`); a step draws `batch` samples.
+    judge: the error that decides, on prompts that are not trained on (`velocity_judge`, or the error of the
+    final sample).  guidance: the scale of classifier-free guidance where a call's batch holds the negative
+    half first, then the positive; None for models that are called once a step.  weights: w of each call of a
+    run; the calls then are whole runs.  Adam, a cosine to zero. Stops after `patience` checks without
+    improvement. The start is a candidate: the judge never finds the result worse than what was given.
 
     Raises ValueError without calls, or for calls of different shapes.
     """
-    pool, checks = Pool(calls, guidance), Pool(held_out, guidance)
+    pool = Pool(calls, guidance, weights)
     factors = Factors(branches, pool.device)
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
+        best = factors.branches()
+        least, waited = judge(best), 0
+        history = [(0, math.nan, least)]
         trainer = _Trainer(model, pool, factors, batch, lr, steps, seed)
-        best, least, waited = factors.branches(), held_out_loss(model, checks, factors), 0
-        history = [(0, least, least)]
         for step in track(range(1, steps + 1), "distilling jointly", disable=quiet, transient=True):
             trainer.step(step)
             if step % check_every == 0 or step == steps:
-                now = held_out_loss(model, checks, factors)
+                candidate = factors.branches()
+                now = judge(candidate)
                 history.append((step, trainer.mean_loss(), now))
-                if report is not None:
-                    report(step, factors.branches())
-                if now < least:
-                    best, least, waited = factors.branches(), now, 0
-                else:
-                    waited += 1
+                best, least, waited = (candidate, now, 0) if now < least else (best, least, waited + 1)
                 if waited >= patience or not math.isfinite(now):
                     break
     finally:
@@ -96,24 +99,40 @@ def distill_jointly(
 
 
 class Pool:
-    """The samples of many calls, to draw batches from. A sample is a pair of rows under guidance."""
+    """The samples of many calls, to draw batches from. A sample is a pair of rows under guidance.
 
-    def __init__(self, calls: Sequence[Call], guidance: float | None = None) -> None:
+    weights: of the calls of a run, in turn; 1 by default.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], guidance: float | None = None, weights: Sequence[float] | None = None
+    ) -> None:
         if not calls:
             raise ValueError("there are no recorded calls to train on")
+        if weights is not None and (not weights or len(calls) % len(weights)):
+            raise ValueError(
+                f"{len(calls)} calls are no whole number of runs of {len(weights)} weighted calls; "
+                "record whole runs"
+            )
         self.guidance = guidance
         args, kwargs, _ = calls[0]
         self._args, self._kwargs = args, kwargs
         columns: dict[int | str, list[Tensor]] = {}
-        for call_args, call_kwargs, velocity in calls:
+        for i, (call_args, call_kwargs, velocity) in enumerate(calls):
             rows = velocity.shape[0]
             named: list[tuple[int | str, Any]] = [*enumerate(call_args), *call_kwargs.items()]
             for key, value in named:
                 if per_sample(value, rows, str(key)):
                     columns.setdefault(key, []).append(self._paired(value))
-            columns.setdefault("", []).append(self._paired(velocity))
+            columns.setdefault(_VELOCITY, []).append(self._paired(velocity))
+            weight = 1.0 if weights is None else weights[i % len(weights)]
+            weighed = columns[_VELOCITY][-1].new_full(
+                columns[_VELOCITY][-1].shape[:1], weight, dtype=torch.float32
+            )
+            columns.setdefault(_WEIGHT, []).append(weighed)
         self._columns = {key: _stacked(str(key), values) for key, values in columns.items()}
-        self.count, self.device = len(self._columns[""]), self._columns[""].device
+        velocities = self._columns[_VELOCITY]
+        self.count, self.device = len(velocities), velocities.device
         if any(len(column) != self.count for column in self._columns.values()):
             raise ValueError(
                 "some calls lack an argument that others have; record calls of one pipeline only"
@@ -139,19 +158,19 @@ class Pool:
         """All samples once, in order: (as `draw` gives them, how many)."""
         for start in range(0, self.count, size):
             part = {key: column[start : start + size] for key, column in self._columns.items()}
-            yield part, len(part[""])
+            yield part, len(part[_VELOCITY])
 
     def loss(self, model: nn.Module, drawn: Mapping[int | str, Tensor]) -> Tensor:
-        """Mean over the drawn samples of the relative squared error of the (guided) velocity."""
-        rows = {key: self._rows(value) for key, value in drawn.items()}
+        """Mean over the drawn samples of the weighted relative squared error of the (guided) velocity."""
+        rows = {key: self._rows(value) for key, value in drawn.items() if key != _WEIGHT}
         args = tuple(rows.get(i, value) for i, value in enumerate(self._args))
         kwargs = {name: rows.get(name, value) for name, value in self._kwargs.items()}
-        wanted = rows[""].float()
+        wanted = rows[_VELOCITY].float()
         apart = first_tensor(model(*args, **kwargs)).float() - wanted
         if self.guidance is not None:
             apart, wanted = (_guided(v, self.guidance) for v in (apart, wanted))
         energy = wanted.square().flatten(1).sum(1).clamp_min(1e-12)
-        return (apart.square().flatten(1).sum(1) / energy).mean()
+        return (drawn[_WEIGHT] * apart.square().flatten(1).sum(1) / energy).mean()
 
     def _rows(self, value: Tensor) -> Tensor:
         """Rows as the model takes them: all negative halves, then all positive ones."""
@@ -168,7 +187,7 @@ def _stacked(name: str, values: list[Tensor]) -> Tensor:
     shapes = {tuple(value.shape[1:]) for value in values}
     if len(shapes) > 1:
         raise ValueError(
-            f"recorded calls differ in the shape of {name or 'the velocity'!r} ({sorted(shapes)}); "
+            f"recorded calls differ in the shape of {name or 'velocity'!r} ({sorted(shapes)}); "
             "record prompts of one resolution only"
         )
     return torch.cat(values)
@@ -218,7 +237,7 @@ class _Prune(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, score: Tensor | None, compensation: str) -> Tensor:
-        kept, keep, scale = _pruner(z.device)(z, score, compensation)
+        kept, keep, scale = prune_rows(z, score, compensation)
         ctx.save_for_backward(keep, scale)
         return kept
 
@@ -236,13 +255,13 @@ def _prune(z: Tensor, score: Tensor | None, compensation: str) -> tuple[Tensor, 
 _compiled: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
 
 
-def _pruner(device: torch.device) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU one kernel instead of thirty."""
-    if device.type != "cuda":
-        return _prune
+def prune_rows(z: Tensor, score: Tensor | None, compensation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """s·z̃ (M, K) in z's dtype, what was kept (M, K), and s (M, 1) of rows z; one kernel on a GPU."""
+    if z.device.type != "cuda":
+        return _prune(z, score, compensation)
     if not _compiled:
         _compiled["cuda"] = torch.compile(_prune, dynamic=True)
-    return _compiled["cuda"]
+    return _compiled["cuda"](z, score, compensation)
 
 
 def _forwards(factors: Factors) -> dict[str, Trained]:
@@ -284,7 +303,7 @@ class _Trainer:
         return mean
 
     def _draw(self) -> None:
-        size = len(self.static[""])
+        size = len(self.static[_VELOCITY])
         index = torch.randint(self.pool.count, (size,), device=self.device, generator=self.generator)
         self.pool.draw(index, self.static)
 
@@ -316,11 +335,23 @@ class _Trainer:
         return replay
 
 
-@torch.no_grad()
-def held_out_loss(model: nn.Module, pool: Pool, factors: Factors, size: int = 256) -> float:
-    """The loss over all of a pool's samples."""
-    total = torch.zeros((), device=pool.device)
-    with sdpa_kernel(ATTENTION), emulate(model, _forwards(factors)):  # attention as in training
-        for part, count in pool.parts(size):
-            total += pool.loss(model, part) * count
-    return float(total) / pool.count
+def velocity_judge(
+    model: nn.Module,
+    calls: Sequence[Call],
+    guidance: float | None = None,
+    weights: Sequence[float] | None = None,
+    size: int = 256,
+) -> Judge:
+    """The loss over all samples of held-out calls."""
+    pool = Pool(calls, guidance, weights)
+
+    @torch.no_grad()
+    def judge(branches: Mapping[str, Branch]) -> float:
+        total = torch.zeros((), device=pool.device)
+        moved = {name: Trained(branch.to(pool.device, torch.float32)) for name, branch in branches.items()}
+        with sdpa_kernel(ATTENTION), emulate(model, moved):  # attention as in training
+            for part, count in pool.parts(size):
+                total += pool.loss(model, part) * count
+        return float(total) / pool.count
+
+    return judge
