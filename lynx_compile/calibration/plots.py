@@ -67,7 +67,9 @@ def _against_local_error(profile: Profile, effects: dict[str, float], path: Path
     for label in dict.fromkeys(classes.values()):
         names = [name for name in effects if classes[name] == label]
         local = [profile.layers[name].error_after or 0.0 for name in names]
-        axis.loglog(local, [effects[name] for name in names], "o", label=label)
+        axis.plot(local, [effects[name] for name in names], "o", label=label)
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("error of the layer's own output")
     axis.set_ylabel("error of the final sample")
     axis.legend(fontsize=8)
