@@ -277,6 +277,8 @@ def test_a_time_limit_keeps_what_is_measured() -> None:
     study = small_study(log=told.append, limit_s=0.0)
     assert [row.method for row in study.run().rows] == ["dense", "dense, another seed"]
     assert told[-1] == "the time limit cut the study short"
+    assert study.profile() is None
+    assert list(study.table.pictures) == ["dense", "dense, another seed"]
 
 
 def test_a_failing_stage_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

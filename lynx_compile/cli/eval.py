@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
+    from ..evaluation.run import Study
     from ..evaluation.table import Row
 
 app = typer.Typer()
@@ -55,7 +56,6 @@ def evaluate(
     from ..evaluation import emoji, features
     from ..evaluation.perceptual import load_scorers
     from ..evaluation.run import STAGES, Settings, Study
-    from ..evaluation.table import draw_pictures
     from ..results import write_results
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,19 +124,26 @@ def evaluate(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    table = study.run()
-    write()
-    console.print(_rich(rows))
-    if pictures is not None:
-        pictures.parent.mkdir(parents=True, exist_ok=True)
-        draw_pictures(pictures, table.pictures, rows)
-    if profile is not None:
-        from ..calibration.plots import draw
-        from ..profile import save_profile
+    try:
+        study.run()
+    finally:  # also when it is interrupted or a stage fails
+        write()
+        console.print(_rich(rows))
+        _keep(study, rows, pictures, profile)
 
-        made = study.profile()
-        save_profile(made, profile)
-        draw(made, profile / "plots", [*study.ground.chooser.points(), *study.ground.measured])
+
+def _keep(study: Study, rows: list[Row], pictures: Path | None, folder: Path | None) -> None:
+    """The sheet of pictures and the chosen profile with its plots, as far as the study got."""
+    from ..calibration.plots import draw
+    from ..evaluation.table import draw_pictures
+    from ..profile import save_profile
+
+    if pictures is not None and study.table is not None:
+        pictures.parent.mkdir(parents=True, exist_ok=True)
+        draw_pictures(pictures, study.table.pictures, rows)
+    if folder is not None and (made := study.profile()) is not None:
+        save_profile(made, folder)
+        draw(made, folder / "plots", [*study.ground.chooser.points(), *study.ground.measured])
 
 
 def _listed(names: str) -> tuple[str, ...]:

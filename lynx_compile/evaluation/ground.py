@@ -45,7 +45,7 @@ class Settings:
     recipe_lr: float = 1e-3
     joint_steps: int = 1000
     joint_lr: float = 3e-4
-    shares: tuple[float, ...] = (0.92, 0.85, 0.75, 0.5)
+    shares: tuple[float, ...] = (0.92, 0.85, 0.75)
     main_share: float = 0.85
     batch_size: int = 256
     distill_samples: int = 32
@@ -146,6 +146,10 @@ class Ground:
         self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
         self.studies["sensitivity"] = sensitivity_study(study, ours.profile, ours.branches)
         return made
+
+    def has_chosen(self, share: float) -> bool:
+        """Whether `choice(share)` is known without measuring."""
+        return share in self._choices
 
     def choice(self, share: float) -> Choice:
         """What to leave dense so that `share` of FLOPs × steps is sparse, by end-to-end sensitivity."""

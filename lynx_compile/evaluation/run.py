@@ -62,6 +62,7 @@ class Study:
         self.to_pictures, self.features, self.real = to_pictures, features, real
         self.note, self.stages, self.scorers = note, stages, scorers or {}
         self.ends = time.monotonic() + limit_s
+        self.table: Table | None = None
 
     def run(self) -> Table:
         """Fill the table."""
@@ -70,7 +71,7 @@ class Study:
         profile = ground.ours(ground.rank).profile
         tokens = {name: layer.tokens for name, layer in profile.layers.items()}
         shapes = {name: (m.out_features, m.in_features) for name, m in linear_layers(ground.model).items()}
-        table = Table(
+        table = self.table = Table(
             test,
             {**tokens, **profile.studies["other_tokens"]},
             shapes,
@@ -99,10 +100,13 @@ class Study:
             raise failures[0]
         return table
 
-    def profile(self) -> Profile:
-        """What `calibrate` makes, with the layers chosen at `main_share`."""
+    def profile(self) -> Profile | None:
+        """What `calibrate` makes, with the layers chosen at `main_share`; None before they were."""
+        share = self.ground.settings.main_share
+        if not self.ground.has_chosen(share):
+            return None
         profile = self.ground.ours(self.ground.rank).profile
-        apply_choice(profile, self.ground.choice(self.ground.settings.main_share))
+        apply_choice(profile, self.ground.choice(share))
         return profile
 
 
