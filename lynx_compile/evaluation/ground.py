@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..calibration.choose import Chooser, chooser_for
-from ..calibration.costs import FLOPS
+from ..calibration.costs import FLOPS, Costs, costs_of
 from ..calibration.front import Choice
 from ..calibration.refine import Call, record, split_calls
 from ..calibration.run import calibrate
@@ -122,6 +122,21 @@ class Ground:
     def names(self) -> list[str]:
         """The layers that may be sparse."""
         return list(self.ours(self.rank).profile.layers)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What each layer saves, in FLOPs."""
+        return costs_of(self.ours(self.rank).profile, self.model, FLOPS)
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """Those of the settings that are within reach: some layers are never sparse."""
+        most = 2 * sum(self.costs.saved.values()) / self.costs.dense_time
+        beyond = [share for share in self.settings.shares if share > most]
+        if beyond:
+            listed = ", ".join(f"{share:.0%}" for share in beyond)
+            self.log(f"{listed} sparse is out of reach: all that may be sparse is {most:.1%}")
+        return tuple(share for share in self.settings.shares if share <= most)
 
     @cached_property
     def calls(self) -> list[Call]:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration.choose import problem_of
-from ..calibration.costs import FLOPS, costs_of
 from ..calibration.emulation import Forward
 from ..calibration.front import Choice, pick, points
 from ..calibration.statistics import Hooks, Readers, rows_of
@@ -75,7 +74,7 @@ def ladder(ground: Ground) -> Iterator[Method]:
 def chosen(ground: Ground) -> Iterator[Method]:
     """Ours with layers left dense by end-to-end sensitivity, and by local error at equal shares."""
     s, rank = ground.settings, ground.rank
-    for share in sorted(s.shares, key=lambda share: abs(share - s.main_share)):
+    for share in sorted(ground.shares, key=lambda share: abs(share - s.main_share)):
         choice = ground.choice(share)
         for r in reversed(s.ranks if share == s.main_share else (rank,)):
             ours = ground.ours(r)
@@ -84,7 +83,7 @@ def chosen(ground: Ground) -> Iterator[Method]:
             yield method_of(title, choice, ours.branches, seconds, r, share == s.main_share)
     ours = ground.ours(rank)
     errors = {name: layer.error_after or 0.0 for name, layer in ours.profile.layers.items()}
-    for share in s.shares:
+    for share in ground.shares:
         choice = by_local_error(ground, errors, share)
         title = f"{OURS} r{rank} + SL by local error, {share:.0%}"
         yield method_of(title, choice, ours.branches, ours.seconds, rank, share == s.main_share)
@@ -92,9 +91,8 @@ def chosen(ground: Ground) -> Iterator[Method]:
 
 def by_local_error(ground: Ground, errors: Mapping[str, float], share: float) -> Choice:
     """The layers of the least sum of squared local errors at this share."""
-    costs = costs_of(ground.ours(ground.rank).profile, ground.model, FLOPS)
     gram = np.diag([error**2 for error in errors.values()])
-    problem = problem_of(costs, [(name, 0) for name in errors], gram, ground.settings.steps)
+    problem = problem_of(ground.costs, [(name, 0) for name in errors], gram, ground.settings.steps)
     return pick(points(problem), speed=speed_of(share))
 
 

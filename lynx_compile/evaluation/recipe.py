@@ -35,7 +35,7 @@ def paper_recipe(ground: Ground) -> Iterator[Method]:
         details = {"training_steps": s.recipe_steps}
         yield Method(f"SA-NC-LoRA r{rank}, {RECIPE}", trained, seconds, rank, details=details)
         errors = output_errors(ground.model, ground.checks, trained)
-        for share in s.shares if rank == ground.rank else (s.main_share,):
+        for share in ground.shares if rank == ground.rank else (s.main_share,):
             choice = by_local_error(ground, errors, share)
             title = f"{RECIPE} r{rank} + SL by local error, {share:.0%}"
             yield method_of(title, choice, trained, seconds, rank, share == s.main_share)
