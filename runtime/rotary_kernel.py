@@ -29,7 +29,7 @@ class Geometry(NamedTuple):
     warps: int = 4
     ahead: int = 4
     min_blocks: int = 8
-    spread: int = 96
+    spread: int = 32
 
 
 GEOMETRY = Geometry()

@@ -15,6 +15,7 @@ from torch import fx
 from lynx_compile.backend import rewrite
 from lynx_compile.options import Options
 from lynx_compile.runtime import ops
+from lynx_compile.runtime.rotary import rotary
 
 from .reference import OPTIONS
 from .registry import ZOO, build
@@ -40,9 +41,14 @@ def fired(name: str) -> set[str]:
             if node.target is ops.sparsify:
                 readers = {layer for part in node.users for layer in part.users}
                 found.add(node.args[0])
-                found.update({"shared"} if sum(r.target is ops.sparse_linear for r in readers) > 1 else ())
+                together = sum(len(r.args[3]) for r in readers if r.target is ops.sparse_linears)
+                alone = sum(r.target is ops.sparse_linear for r in readers)
+                found.update({"shared"} if together + alone > 1 else ())
+            elif node.target is rotary:
+                found.add("rotary")
             elif node.target is ops.sparse_linear:
-                found.update(key for key in ("gate", "residual") if node.kwargs.get(key) is not None)
+                places = ("gate", "residual", "left", "top")
+                found.update(key for key in places if node.kwargs.get(key) is not None)
                 found.update({"activation"} if node.kwargs.get("activation", "none") != "none" else ())
         gm.graph = dense
         return gm.forward
