@@ -57,6 +57,22 @@ def test_writes_rows_sheet_and_profile(folder: Path) -> None:
     assert (folder / "made" / "plots" / "front.png").is_file()
 
 
+def test_choices_of_an_earlier_run_are_taken_over(folder: Path) -> None:
+    assert evaluate("--only", "chosen", "--shares", "0.85,0.5", "--out", "first.json").exit_code == 0
+    again = evaluate("--only", "chosen", "--shares", "0.5", "--choices", "first.json", "--out", "again.json")
+    assert again.exit_code == 0, again.output
+    assert "sensitivity of" not in again.output
+    rows = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("first", "again")}
+    method = "shift + deflation r16 + SL end to end, 50%"
+    assert (
+        rows["again"]["details"][method]["dense_layers"] == rows["first"]["details"][method]["dense_layers"]
+    )
+    errors = [next(r for r in rows[n]["rows"] if r["method"] == method)["latent_rel_err"] for n in rows]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+    (folder / "none.json").write_text("{}")
+    assert "holds no choice" in evaluate("--choices", "none.json").output
+
+
 def test_missing_metrics_are_named_and_the_table_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +105,7 @@ def test_an_interruption_keeps_what_is_measured(folder: Path, monkeypatch: pytes
     [
         (("--only", "laddr"), "stage 'laddr' is unknown; stages are ladder"),
         (("--metrics", "fidd"), "metric 'fidd' is unknown; metrics are fid"),
+        (("--shares", "85"), "is no list of shares between 0 and 1"),
         (("--ranks", "16,x"), "is no list of ranks, as 16,64"),
     ],
 )

@@ -40,6 +40,12 @@ def evaluate(
     only: Annotated[
         str, typer.Option(help="Stages, by commas: ladder, chosen, recipe, weights, …; all by default.")
     ] = "",
+    shares: Annotated[
+        str, typer.Option(help="Of FLOPs × steps sparse, by commas, for the rows with layers left dense.")
+    ] = "0.92,0.85,0.75",
+    choices: Annotated[
+        Path | None, typer.Option(help="Result file whose chosen layers are taken instead of measured.")
+    ] = None,
     metrics: Annotated[
         str, typer.Option(help="Further metrics, by commas: fid, clip-score, clip-iqa, image-reward.")
     ] = "",
@@ -56,6 +62,7 @@ def evaluate(
     from ..evaluation import emoji, features
     from ..evaluation.perceptual import load_scorers
     from ..evaluation.run import STAGES, Settings, Study
+    from ..models import read_object
     from ..results import write_results
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,6 +95,7 @@ def evaluate(
         prompts=prompts,
         steps=steps,
         ranks=_numbers(ranks),
+        shares=_shares(shares),
         calibration_prompts=calibration_prompts,
         distill_prompts=distill_prompts,
         validation_prompts=validation_prompts,
@@ -122,6 +130,8 @@ def evaluate(
             scorers,
             limit,
         )
+        if choices is not None:
+            study.ground.take_choices(read_object(choices))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
@@ -143,11 +153,22 @@ def _keep(study: Study, rows: list[Row], pictures: Path | None, folder: Path | N
         draw_pictures(pictures, study.table.pictures, rows)
     if folder is not None and (made := study.profile()) is not None:
         save_profile(made, folder)
-        draw(made, folder / "plots", [*study.ground.chooser.points(), *study.ground.measured])
+        measured = study.ground.measured
+        draw(made, folder / "plots", [*study.ground.chooser.points(), *measured] if measured else ())
 
 
 def _listed(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(share) for share in _listed(text))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share < 1 for share in found):
+        raise typer.BadParameter(f"--shares {text!r} is no list of shares between 0 and 1, as 0.85,0.75")
+    return found
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ overlaps another. Everything here is made on first use and timed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,6 +163,26 @@ class Ground:
         self.studies["sensitivity"] = sensitivity_study(study, ours.profile, ours.branches)
         return made
 
+    def take_choices(self, result: Mapping[str, Any]) -> None:
+        """Take over what an earlier result file chose, instead of measuring it.
+
+        Raises ValueError when the file holds no choice of layers of this model.
+        """
+        text = joint_text_rows(Sensitivity(self.validation, calls=1, quiet=True), self.names)
+        for method, details in result.get("details", {}).items():
+            share = _share_in(method)
+            if share is None or "dense_layers" not in details:
+                continue
+            unknown = [name for name in details["dense_layers"] if name not in self.names]
+            if unknown:
+                raise ValueError(f"{unknown[0]!r} of {method!r} is no layer that may be sparse in this model")
+            apart = set(details["text_rows_dense"])
+            sparse = [name for name in self.names if name not in details["dense_layers"]]
+            ways = {name: text[name] if name in apart else 0 for name in sparse}
+            self._choices.setdefault(share, Choice(ways, details.get("dense_steps", 0), 0.0, 0.0))
+        if not self._choices:
+            raise ValueError("the result file holds no choice of layers by end-to-end sensitivity")
+
     def has_chosen(self, share: float) -> bool:
         """Whether `choice(share)` is known without measuring."""
         return share in self._choices
@@ -205,6 +226,12 @@ def sensitivity_study(study: Sensitivity, profile: Profile, branches: Mapping[st
         "dense_first_steps": profile.studies["dense_first_steps"],
         "interactions": profile.studies["interactions"],
     }
+
+
+def _share_in(method: str) -> float | None:
+    """0.85 for "… + SL end to end, 85%"; None for other methods."""
+    found = re.search(r"SL end to end, (\d+)%$", method)
+    return int(found[1]) / 100 if found else None
 
 
 def branches_of(profile: Profile, model: nn.Module) -> dict[str, Branch]:
