@@ -70,7 +70,11 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
         (("--max-error", "0.1", "--speed", "1.2"), "not both"),
         (("--count", "20"), "has 12 prompts, 24 are needed"),
         (("--text-rows", "blocks.1"), "is not GLOB=N"),
-        (("--speed", "9", "--costs", "flops"), "no choice reaches a speed of 9"),
+        (
+            ("--speed", "9", "--costs", "flops"),
+            "--speed 9.0 is out of reach: with all that may be sparse it is 1.7",
+        ),
+        (("--speed", "1.2"), "no layer of this model is faster sparse by the table 'h200'"),
         (("--speed", "1.2", "--costs", "h2000"), "no cost table for device 'h2000'"),
     ],
 )

@@ -25,6 +25,11 @@ class Costs:
     saved: Mapping[str, float]
     rows_saved: Mapping[str, float]
 
+    @property
+    def fastest(self) -> float:
+        """The speed with every layer sparse that is faster so, over all dense."""
+        return self.dense_time / (self.dense_time - sum(max(saved, 0.0) for saved in self.saved.values()))
+
 
 def costs_of(
     profile: Profile,

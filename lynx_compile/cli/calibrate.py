@@ -156,6 +156,18 @@ def _text_rows(given: list[str] | None) -> dict[str, int]:
     return found
 
 
+def _check_reach(fastest: float, costs: str, speed: float | None) -> None:
+    """An aim that no choice can meet is refused before anything is measured."""
+    if fastest <= 1.0:
+        raise typer.BadParameter(
+            f"no layer of this model is faster sparse by the table {costs!r}; --costs flops counts FLOPs"
+        )
+    if speed is not None and speed > fastest:
+        raise typer.BadParameter(
+            f"--speed {speed} is out of reach: with all that may be sparse it is {fastest:.3f}"
+        )
+
+
 def _choose(
     profile: Profile,
     held_out: Pipeline,
@@ -166,6 +178,7 @@ def _choose(
 ) -> list[Choice]:
     """Measure, choose, write both into the profile; returns the front and what was measured."""
     from ..calibration.choose import apply_choice, chooser_for
+    from ..calibration.costs import costs_of
     from ..calibration.sensitivity import Sensitivity
     from ..calibration.text_rows import joint_text_rows
     from ..evaluation.ground import branches_of
@@ -173,6 +186,11 @@ def _choose(
     study = Sensitivity(held_out, calls=5)
     branches = branches_of(profile, held_out.model)
     rows = joint_text_rows(study, branches, text_rows)
+    try:
+        table = costs_of(profile, held_out.model, costs, rows)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _check_reach(table.fastest, costs, speed)
     ways = len(branches) + len(rows)
     seconds = study.estimate_s(branches, "layer") * ways / len(branches)
     console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, then some runs to choose")
