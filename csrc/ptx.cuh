@@ -29,10 +29,6 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Arrives on the barrier at the same shared-memory offset in block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive_remote(u32 barrier, u32 rank) {
     asm volatile(
@@ -81,11 +77,6 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barri
             " [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
             "l"(map), "r"(barrier), "r"(x), "r"(y)
             : "memory");
-}
-
-// Box at element (x, y) of a matrix to the L2 cache, where it meets whatever is still being written.
-__device__ __forceinline__ void prefetch_box(const TensorMap* map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
 
 // A contiguous run of bytes, a multiple of 16, to shared memory.

@@ -47,7 +47,6 @@ constexpr int kVectors = HAS_TAIL ? 2 : 1;    // staged per column: the bias, an
 constexpr int kVectorBytes = 2 * kConsumers * kVectors * kTileN * 4;
 constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages * 8;
 
-constexpr int kPrefetchSteps = 16;
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
 constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
@@ -131,18 +130,6 @@ __device__ __forceinline__ unsigned short row_mates(int rank) {
 
 __device__ __forceinline__ unsigned short column_mates(int rank) {
     return ((1 << kClusterM) - 1) << (rank / kClusterM * kClusterM);
-}
-
-// While the kernel in front still runs: tensor maps, and the first weights from device memory to L2.
-__device__ void prefetch(const Params& p, int rank, int lane) {
-    if (lane < kLayers && p.n[lane] > 0) {
-        ptx::prefetch_map(&p.weight[lane]);
-        if (p.lora_steps[lane] > 0) ptx::prefetch_map(&p.lora_up[lane]), ptx::prefetch_map(&p.t[lane]);
-    }
-    if (lane == 0) ptx::prefetch_map(&p.values);
-    Schedule tile;
-    if (tile.advance(p, rank) && lane < min(p.k_steps, kPrefetchSteps))
-        ptx::prefetch_box(&p.weight[tile.layer], lane * kStepK, tile.column + rank % kClusterM * (kTileN / kClusterM));
 }
 
 // Run by one warp. Lane 0 loads rows of W, lane 1 rows of X, each lane after them the metadata of one block.
@@ -229,18 +216,14 @@ struct Consumer {
     const Params& p;
     Ring ring;
     int group, warp, lane;  // warpgroup among the consumers, warp in it, lane
-    int release_rank;       // block of the cluster that this thread releases slots to, −1: none; thread 0: its own
+    int release_rank;       // block of the cluster that this thread releases slots to; −1: none
     u32 words;              // where this lane finds its metadata, relative to a slot
     float acc[kBlocks][Tile::kCount];
 
     // The warpgroup is done with a slot: tell every block whose producer writes to it here. One warp speaks for
     // all four, because a wgmma completes for the whole warpgroup.
     __device__ __forceinline__ void release(int stage) {
-        const u32 barrier = ring.empty + 8 * stage;
-        if (warp == 0 && lane == 0)
-            ptx::barrier_arrive(barrier);
-        else if (kCluster > 1 && release_rank >= 0)
-            ptx::barrier_arrive_remote(barrier, release_rank);
+        if (release_rank >= 0) ptx::barrier_arrive_remote(ring.empty + 8 * stage, release_rank);
     }
 
     __device__ __forceinline__ void release_previous() { release(ring.stage == 0 ? kStages - 1 : ring.stage - 1); }
@@ -360,11 +343,11 @@ struct Consumer {
     }
 };
 
-// The blocks whose producers write into this block's slots, one for each of a warpgroup's first threads: itself, then
-// those in its column and in its row of the cluster.
+// The blocks whose producers write into this block's slots, one for each of a warpgroup's first threads: those in
+// its row and in its column of the cluster.
 __device__ __forceinline__ int mate(int rank, int thread) {
     const int m = rank % kClusterM, n = rank / kClusterM;
-    if (thread < kClusterM) return (m + thread) % kClusterM + n * kClusterM;
+    if (thread < kClusterM) return n * kClusterM + thread;
     if (thread < kClusterM + kClusterN - 1) return m + (n + 1 + thread - kClusterM) % kClusterN * kClusterM;
     return -1;
 }
@@ -384,8 +367,9 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
             ptx::barrier_init(ring.empty + 8 * i, kConsumers * (kClusterM + kClusterN - 1));
         }
         ptx::fence_barrier_init();
+        ptx::prefetch_map(&p.values);
+        ptx::prefetch_map(&p.weight[0]);
     }
-    if (warp == 4 * kConsumers) prefetch(p, rank, lane);
     if constexpr (kCluster > 1)
         ptx::cluster_sync();
     else

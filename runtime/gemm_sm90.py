@@ -96,16 +96,29 @@ IDLE_EXPONENT = 0.55
 CLOCK_HEADROOM = 1.4
 
 
-def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: int) -> bool:
-    """Whether a call needs the variant with a tail: samples that meet in a warpgroup's rows need it, too."""
-    return tail or (bias_rows < m and bias_rows % (64 * tile.blocks) != 0)
+def _slow_with_tail(tile: Tile) -> bool:
+    """Whether a gate or a residual costs the tile more than its size is worth."""
+    return tile.blocks * tile.n > 256
+
+
+def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: Sequence[int]) -> bool:
+    """Whether a launch needs the variant with a tail: samples that meet in a warpgroup need it, too."""
+    return tail or any(rows < m and rows % (64 * tile.blocks) for rows in bias_rows)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int | tuple[int, ...], k: int, processors: int) -> Tile:
+def choose(
+    m: int,
+    n: int | tuple[int, ...],
+    k: int,
+    tail: bool,
+    processors: int,
+    bias_rows: tuple[int, ...] = (),
+) -> Tile:
     """The tile with the least predicted time: its measured rate, less what the last wave leaves empty.
 
-    n: the width of a layer, or of each layer of a launch.
+    n: the width of a layer, or of each layer of a launch. tail: a gate or a residual follows. bias_rows: rows
+    of X for each row of each layer's bias.
     """
     widths = (n,) if isinstance(n, int) else n
 
@@ -118,7 +131,8 @@ def choose(m: int, n: int | tuple[int, ...], k: int, processors: int) -> Tile:
         slowdown = max(idle**IDLE_EXPONENT, idle / CLOCK_HEADROOM)
         return flops / (RATES[tile] * 1e12) * slowdown + waves * TILE_OVERHEAD
 
-    return min(RATES, key=seconds)
+    tiles = (tile for tile in RATES if not (_slow_with_tail(tile) and _has_tail(tile, tail, m, bias_rows)))
+    return min(tiles, key=seconds)
 
 
 @functools.cache
@@ -170,8 +184,9 @@ def kernel_for(
     n: the width of a layer, or of each layer of a launch. tail: a gate, a residual or both. bias_rows: rows
     of X for each row of the bias; all by default.
     """
-    tile = choose(m, n, k, multiprocessors(device))
-    return kernel(tile, dtype, activation, _has_tail(tile, tail, m, bias_rows or m))
+    samples_of = (bias_rows or m,)
+    tile = choose(m, n, k, tail, multiprocessors(device), samples_of)
+    return kernel(tile, dtype, activation, _has_tail(tile, tail, m, samples_of))
 
 
 def variants() -> Iterator[build.Unit]:
@@ -179,6 +194,8 @@ def variants() -> Iterator[build.Unit]:
     for tile, dtype, activation, tail in product(
         RATES, (torch.bfloat16, torch.float16), ACTIVATIONS, (False, True)
     ):
+        if tail and _slow_with_tail(tile):
+            continue
         yield kernel(tile, dtype, activation, tail).unit("sm_90a")
 
 
@@ -257,18 +274,18 @@ def _pack(
     (m, half), dtype = values.shape, values.dtype
     k, processors = 2 * half, multiprocessors(values.get_device())
     widths = tuple(layer.weight.shape[0] for layer in layers)
+    gate, residual = layers[0].gate, layers[0].residual
+    tail = gate is not None or residual is not None
+    bias_rows = tuple(m // samples(layer.bias, n) for layer, n in zip(layers, widths, strict=True))
     if tile is None:
-        tile = choose(m, widths, k, processors)
+        tile = choose(m, widths, k, tail, processors, bias_rows)
     rows, columns = tile.grid(m, *widths)
     part_m, part_n = tile.m // tile.cluster_n, tile.n // tile.cluster_m
-    gate, residual = layers[0].gate, layers[0].residual
-    has_tail = gate is not None or residual is not None
     fields: list[tuple[Any, ...]] = []  # of each layer: tensor maps, address of the bias, numbers
     begin = 0
-    for layer, n in zip(layers, widths, strict=True):
-        t, up, bias, bias_rows = layer.t, layer.lora_up, layer.bias, m // samples(layer.bias, n)
+    for layer, n, rows_of_bias in zip(layers, widths, bias_rows, strict=True):
+        t, up, bias = layer.t, layer.lora_up, layer.bias
         rank = 0 if up is None else up.shape[1]
-        has_tail = _has_tail(tile, has_tail, m, bias_rows)
         fields.append(
             (
                 _map(layer.weight, n, k, 64, part_n),
@@ -278,14 +295,14 @@ def _pack(
                 n,
                 y_stride or n,
                 -(-rank // LORA_STEP),
-                bias_rows,
+                rows_of_bias,
                 begin,
             )
         )
         begin += tile.grid(m, n)[1]
     fields += [(_NO_MAP, _NO_MAP, _NO_MAP, 0, 0, 0, 0, m, NEVER)] * (LAYERS - len(layers))
     weights, ts, ups, biases, *numbers = zip(*fields, strict=True)
-    variant = kernel(tile, dtype, layers[0].activation, has_tail)
+    variant = kernel(tile, dtype, layers[0].activation, _has_tail(tile, tail, m, bias_rows))
     packed = variant.pack(
         _map(values, m, half, 32, part_m),
         _map(residual, m, widths[0], 64, 64),

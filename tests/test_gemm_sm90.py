@@ -47,13 +47,26 @@ def test_layers_share_a_launch_unless_their_epilogues_differ():
     assert gemm_sm90.groups([plain, gelu, plain, gated, gelu, added, plain]) == [[0, 2, 6], [1, 4], [3], [5]]
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(4096, 3072, 3072), (4608, (3072, 12288), 3072), (1, 16, 64), (20000, 9216, 64)]
+)
+def test_a_tail_never_gets_a_tile_it_slows_down(m, n, k):
+    assert not gemm_sm90._slow_with_tail(choose(m, n, k, True, PROCESSORS))
+
+
+def test_samples_that_meet_in_the_rows_of_a_warpgroup_count_as_a_tail():
+    whole, split = ((choose(4096, 9216, 3072, False, PROCESSORS, (rows,))) for rows in (1024, 1000))
+    assert gemm_sm90._slow_with_tail(whole)
+    assert not gemm_sm90._slow_with_tail(split)
+
+
 def test_few_rows_spread_over_many_multiprocessors():
     """One row of tiles: the narrowest, as no other occupies as much of the chip."""
     narrowest = min(RATES, key=lambda tile: tile.m * tile.n)
-    assert choose(64, 3072, 3072, PROCESSORS) == narrowest
+    assert choose(64, 3072, 3072, False, PROCESSORS) == narrowest
 
 
 def test_a_nearly_empty_last_wave_is_avoided():
     """4608 × 3072 is 2.2 waves of 256 × 192 and 2.9 of 192 × 192, which measures faster."""
-    tile = choose(4608, 3072, 15360, PROCESSORS)
+    tile = choose(4608, 3072, 15360, False, PROCESSORS)
     assert (tile.m, tile.n) == (192, 192)
