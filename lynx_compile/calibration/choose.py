@@ -88,9 +88,8 @@ class Chooser:
         proposed = [first]
         for problem, front in self._fronts:
             sets = [problem.members(choice) for choice in front if choice.sparse]
-            for (
-                n
-            ) in problem.step_factors:  # also where another number of dense steps is expected to do better
+            # Each number of dense steps, also where another is expected to do better.
+            for n in problem.step_factors:
                 with_n = [problem.choice(members, n) for members in sets]
                 fast = [choice for choice in with_n if choice.speed >= speed * (1 - 1e-9)]
                 proposed += [min(fast, key=lambda c: c.error)] if fast else []
