@@ -6,29 +6,23 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lynx_compile.calibration import Inputs, calibrate, emulate
-from lynx_compile.calibration.choose import Chooser, apply_choice, chooser_for
-from lynx_compile.calibration.costs import costs_of
-from lynx_compile.calibration.front import Choice, Problem, Way, neighbours, pick, points
 from lynx_compile.calibration.refine import (
     distill_layers,
     random_branches,
     record,
     split_calls,
 )
-from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of, gram_of
+from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
 from lynx_compile.calibration.solve import allocate_ranks, deflations, lora_branches
 from lynx_compile.calibration.statistics import Moments
-from lynx_compile.calibration.text_rows import joint_text_rows
-from lynx_compile.profile import Branch, Layer, Profile
+from lynx_compile.profile import Branch
 from lynx_compile.runtime import semantics
 
 
@@ -340,141 +334,6 @@ def test_sensitivity_by_layer_class_and_block() -> None:
     assert class_of("transformer_blocks.0.attn.add_k_proj") == "text"
     assert class_of("single_transformer_blocks.3.proj_out") == "down"
     assert block_of("single_transformer_blocks.3.attn.to_q") == "single_transformer_blocks.3"
-
-
-def random_problem(seed: int, layers: int = 7, steps: int = 20, factors: object = None) -> Problem:
-    """Layers that may run sparse whole, or with their text rows dense: less saved, less harm."""
-    generator = torch.Generator().manual_seed(seed)
-    saved, part = torch.rand(2, layers, generator=generator).tolist()
-    effects = torch.randn(2 * layers, 12, generator=generator) + 0.3
-    effects[layers:] *= torch.rand(layers, 1, generator=generator)
-    ways = [Way(f"layer{i}", 0, s) for i, s in enumerate(saved)]
-    ways += [Way(f"layer{i}", 8, s * p) for i, (s, p) in enumerate(zip(saved, part, strict=True))]
-    gram = gram_of(effects).numpy()
-    return Problem(ways, gram, 2 * sum(saved), steps, factors or {0: 1.0})
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_front_is_that_of_trying_every_set(seed: int) -> None:
-    problem = random_problem(seed)
-    front = points(problem)
-    every = []
-    for ways in itertools.product((None, 0, 8), repeat=7):
-        members = np.array([ways[int(way.layer[5:])] == way.tokens for way in problem.ways])
-        every.append(problem.choice(members, 0))
-    for speed in (1.05, 1.2, 1.5, 1.8):
-        best = min(choice.error for choice in every if choice.speed >= speed)
-        chosen = pick(front, speed=speed)
-        assert best <= chosen.error <= best * 1.15
-        assert chosen.time == pytest.approx(problem.choice(problem.members(chosen), 0).time)
-        for near in neighbours(problem, chosen, 5):
-            assert near.speed >= chosen.speed * (1 - 1e-6)
-            assert near.sparse != chosen.sparse
-    with pytest.raises(ValueError, match="no choice reaches"):
-        pick(front, speed=3.0)
-    assert pick(front, max_error=0.0).sparse == {}
-    assert [c.error for c in front] == sorted(c.error for c in front)
-
-
-def test_layers_that_pull_apart_go_together() -> None:
-    # b undoes what a does; each alone is worse than c.
-    effects = np.array([[1.0, 0.0], [-0.9, 0.0], [0.0, 0.8], [0.0, 0.8]])
-    ways = [Way(name, 0, 0.5) for name in "abcd"]
-    problem = Problem(ways, effects @ effects.T, 4.0, 20, {0: 1.0})
-    assert set(pick(points(problem), speed=1 / (1 - 0.25)).sparse) == {"a", "b"}
-
-
-def test_harmless_layers_are_always_taken() -> None:
-    problem = Problem([Way("big", 0, 1.0), Way("small", 0, 1e-6)], np.diag([1.0, 0.0]), 2.0, 20, {0: 1.0})
-    assert pick(points(problem), speed=1.9).sparse == {"big": 0, "small": 0}
-
-
-def test_dense_steps_are_taken_where_they_pay() -> None:
-    ways = [Way("a", 0, 0.5), Way("b", 0, 0.5)]
-    problem = Problem(ways, np.eye(2), 2.0, 20, {0: 1.0, 1: 0.01})
-    assert pick(points(problem), speed=1.8).dense_steps == 1
-    # 19 of 20 steps sparse are 1.9 times as fast: too slow here, whatever they would save.
-    assert pick(points(problem), speed=1.95).dense_steps == 0
-
-
-def test_large_fronts_take_seconds() -> None:
-    start = time.monotonic()
-    assert len(points(random_problem(0, layers=60))) > 10
-    assert time.monotonic() - start < 30
-
-
-def test_costs_count_dense_rows_as_dense() -> None:
-    workload = make_workload(2)
-    profile = calibrate(workload, rank=16, quiet=True)
-    costs = costs_of(profile, workload.model, "flops", {"blocks.0.to_q": 6})
-    layer = 24 * 64 * 64
-    assert costs.dense_time == 7 * layer
-    assert costs.saved["blocks.0.to_q"] == layer / 2
-    assert costs.rows_saved == {"blocks.0.to_q": layer / 2 * 18 / 24}
-    profile.layers = {"wide": Layer((12288, 3072), True, "", tokens=4608)}
-    predicted = costs_of(profile, workload.model, "h200", {"wide": 512})
-    assert 0 < predicted.rows_saved["wide"] < predicted.saved["wide"] < predicted.dense_time
-
-
-def test_text_rows_of_a_joint_sequence() -> None:
-    workload = make_workload(1)
-    study = Sensitivity(workload, quiet=True)
-    assert joint_text_rows(study, ["blocks.0.to_q"]) == {}
-    assert joint_text_rows(study, ["blocks.0.to_q", "blocks.1.to_q"], {"blocks.1.*": 6}) == {
-        "blocks.1.to_q": 6
-    }
-
-
-def measured_chooser() -> tuple[Chooser, Profile, Sensitivity]:
-    workload = make_workload(2)
-    profile = calibrate(workload, rank=16, steps=1, quiet=True)
-    study = Sensitivity(workload, quiet=True)
-    branches = {name: layer.branch for name, layer in profile.layers.items()}
-    return chooser_for(study, profile, branches, "flops", text_rows={"blocks.0.to_q": 12}), profile, study
-
-
-def test_choice_is_measured_and_fits_the_error() -> None:
-    chooser, profile, study = measured_chooser()
-    everything = study.sample({name: layer.branch for name, layer in profile.layers.items()})
-    told: list[Choice] = []
-    choice = chooser.choose(max_error=0.7 * everything, note=told.append)
-    assert choice in told
-    assert 0 < choice.measured <= 0.7 * everything
-    assert 0 < len(choice.sparse) < len(profile.layers)
-    at_speed = chooser.choose(speed=choice.speed, note=told.append)
-    assert at_speed.speed >= choice.speed * (1 - 1e-9)
-    assert at_speed.measured <= choice.measured
-    assert at_speed.measured == min(c.measured for c in told if c.speed >= choice.speed * (1 - 1e-9))
-    assert chooser.choose(max_error=0.0).sparse == {}
-
-
-def test_effects_are_noted_and_add_up() -> None:
-    _, profile, study = measured_chooser()
-    effects = profile.layers["blocks.0.to_q"].sensitivity
-    assert 0 < effects["sample_text_dense"] < effects["sample"]
-    alone = study.sample({"blocks.0.to_q": profile.layers["blocks.0.to_q"].branch})
-    assert effects["sample"] == pytest.approx(alone, rel=0.01)
-    noted = profile.studies["interactions"]
-    assert noted["measured_together"] == pytest.approx(noted["sum_of_own"], rel=0.5)
-    assert 0 <= noted["adding"] <= 1
-    assert min(noted["within"].values()) >= 0
-    assert len(noted["within"]) == 7  # six layers, one of them in two ways
-
-
-def test_text_rows_stay_dense_where_chosen() -> None:
-    chooser, profile, _ = measured_chooser()
-
-    def measured(**ways: int) -> Choice:
-        wanted = {f"blocks.0.{layer}": tokens for layer, tokens in ways.items()}
-        members = np.array([wanted.get(way.layer) == way.tokens for way in chooser.problem.ways])
-        return chooser.measure(chooser.problem.choice(members, 0))
-
-    choice = measured(to_q=12, to_k=0)
-    assert choice.measured < measured(to_q=0, to_k=0).measured
-    apply_choice(profile, choice)
-    assert profile.layers["blocks.0.to_q"].branch.dense_tokens == 12
-    assert profile.layers["blocks.0.to_k"].branch.dense_tokens == 0
-    assert set(profile.sparse_layers()) == {"blocks.0.to_q", "blocks.0.to_k"}
 
 
 def test_training_recipes_lower_their_losses() -> None:
