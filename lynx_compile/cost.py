@@ -90,13 +90,18 @@ def device_key(name: str) -> str | None:
     return None
 
 
-def predict(device: str, m: int, n: int, k: int, rank: int = 0, shared: int = 1) -> Prediction:
+def predict(
+    device: str, m: int, n: int, k: int, rank: int = 0, shared: int = 1, deflated: bool = False
+) -> Prediction:
     """Time of an (M, N, K) linear layer on a device of `devices()`.
 
-    rank: of the LoRA branch. shared: how many layers read the same X and so share one sparsify.
+    rank: of the LoRA branch. shared: how many layers read the same X and so share one sparsify. deflated: the
+    branch leaves X before it is pruned; two thin products then read X twice and write what is left of it.
     Raises ValueError for an unknown device.
     """
     dense, sparsify, gemm = model(device).evaluate(m, n, k, rank)
+    if deflated:
+        sparsify = sparsify + 3 * ELEMENT * m * k / (_table(device)["copy_tb_s"] * 1e9)
     return Prediction(float(dense), float(sparsify) / shared, float(gemm))
 
 

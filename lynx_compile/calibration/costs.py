@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..cost import predict
+from ..profile.branch import Branch
 from ..profile.fingerprint import linear_layers
 from ..profile.format import Profile
 
@@ -51,12 +52,12 @@ def costs_of(
     )
     saved, rows_saved = {}, {}
     for name, layer in profile.layers.items():
-        (n, k), rank, text = layer.shape, layer.branch.rank, (text_rows or {}).get(name, 0)
+        (n, k), branch, text = layer.shape, layer.branch, (text_rows or {}).get(name, 0)
         dense = _dense(device, batch * layer.tokens, n, k)
         dense_time += dense
-        saved[name] = dense - _sparse(device, batch * layer.tokens, n, k, rank)
+        saved[name] = dense - _sparse(device, batch * layer.tokens, n, k, branch)
         if text:
-            apart = _sparse(device, batch * (layer.tokens - text), n, k, rank) + _dense(
+            apart = _sparse(device, batch * (layer.tokens - text), n, k, branch) + _dense(
                 device, batch * text, n, k
             )
             rows_saved[name] = dense - apart
@@ -67,5 +68,7 @@ def _dense(device: str, m: int, n: int, k: int) -> float:
     return float(m * n * k) if device == FLOPS else predict(device, m, n, k).dense_ms
 
 
-def _sparse(device: str, m: int, n: int, k: int, rank: int) -> float:
-    return m * n * k / 2 if device == FLOPS else predict(device, m, n, k, rank=rank).sparse_ms
+def _sparse(device: str, m: int, n: int, k: int, branch: Branch) -> float:
+    if device == FLOPS:
+        return m * n * k / 2
+    return predict(device, m, n, k, rank=branch.rank, deflated=branch.deflate).sparse_ms
