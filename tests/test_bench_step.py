@@ -75,7 +75,7 @@ def test_branches_go_where_tokens_go():
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_sparse_share_counts_every_block(everything):
+def test_sparse_work_counts_every_block(everything):
     model, inputs = zoo.build("FluxTransformer2DModel")
     backend = backends.Backend("test", lynx=True, lora=True, everything=everything, options=EMULATED)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_sparse_share_counts_every_block(everything):
         step.clear_report()
         with backends.switched_on(model, backend, 16, inputs):
             sparse = model(**inputs, return_dict=False)[0]
-            share = step.sparse_share(model, inputs)
+            work = step.sparse_work(model, inputs)
         again = model(**inputs, return_dict=False)[0]
     flops = {}
     tokens = {"transformer_blocks": 24, "single_transformer_blocks": 32}
@@ -101,7 +101,17 @@ def test_sparse_share_counts_every_block(everything):
         if "blocks" in name
         and (everything or not any(w in name for w in ("norm", "add_", "context", "to_out", "to_add")))
     ]
-    assert share == pytest.approx(sum(flops[name] for name in chosen) / sum(flops.values()), abs=2e-4)
+    share = sum(flops[name] for name in chosen) / sum(flops.values())
+    assert work["sparse_flops_share"] == pytest.approx(share, abs=2e-4)
+    shared = ("to_k", "to_v", "add_k_proj", "add_v_proj", "single_transformer_blocks.0.proj_mlp",
+              "single_transformer_blocks.1.proj_mlp")  # read the X of to_q, add_q_proj, to_q  # fmt: skip
+    moved = 0
+    for name in (name for name in chosen if not name.endswith(shared)):
+        n, k = model.get_submodule(name).weight.shape
+        m = flops[name] // (2 * n * k)
+        moved += 4 * m * k + 2 * m * k + m * k / 8 + 4 * m  # fp32: X, values, metadata, scale
+    assert work["sparsify_gb"] == pytest.approx(moved / 1e9, abs=1e-4)
+    assert step.sparsify_bytes(4096, 3072, 2) == 4096 * 3072 * 3.125 + 4 * 4096
     assert (sparse - dense).abs().max() > 1e-3 * dense.abs().max()
     torch.testing.assert_close(again, dense, rtol=0, atol=0)
     assert not any(isinstance(m, LynxLinear) for m in model.modules())

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest import mock
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +209,11 @@ class Comparison:
             compile_s = round(max(first_s - row["step_ms"] / 1e3, 0.0), 2)
             row["compile_s"] = None if backend.name in self.warm else compile_s
             row["graphs"] = compiled_graphs() - graphs
-            row["sparse_flops_share"] = sparse_share(model, inputs) if backend.lynx else 0.0
+            row |= (
+                sparse_work(model, inputs)
+                if backend.lynx
+                else {"sparse_flops_share": 0.0, "sparsify_gb": 0.0}
+            )
         return rival
 
 
@@ -270,14 +275,17 @@ def step_times(call: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
-def sparse_share(model: nn.Module, inputs: Mapping[str, Any]) -> float:
-    """Share of the FLOPs of all linear layers that ran sparse.
+def sparse_work(model: nn.Module, inputs: Mapping[str, Any]) -> Row:
+    """What ran sparse: its share of all linear FLOPs, and the least GB that sparsify has to move for it.
 
     Blocks share graphs and the report knows names within a block: a layer takes the decision of the row with
-    its name's end and its shape; where a graph serves any number of tokens, that of its break-even.
+    its name's end and its shape; where a graph serves any number of tokens, that of its break-even. Layers
+    that read the same tensor share its sparsify.
     """
     decided = {(row.name, row.n, row.k, None if row.symbol else row.m): row for row in report().rows}
     flops = {True: 0, False: 0}
+    moved: list[float] = []
+    counted: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
     hooks = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -290,19 +298,30 @@ def sparse_share(model: nn.Module, inputs: Mapping[str, Any]) -> float:
                 row = next((decided[key] for key in keys if key in decided), None)
                 sparse = row is not None and row.decision == "sparse" and m >= (row.min_tokens or 0)
                 flops[sparse] += 2 * m * n * k
+                if sparse and counted.get(id(args[0])) is not args[0]:
+                    counted[id(args[0])] = args[0]
+                    moved.append(sparsify_bytes(m, k, output.element_size()))
 
             hooks.append(module.register_forward_hook(count))
-    state = State.of(model)
-    for module in state.calls:
+    calls = State.of(model).calls
+    for module in calls:
         module._compiled_call_impl = None
     try:
         step(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, call in state.calls.items():
+        for module, call in calls.items():
             module._compiled_call_impl = call
-    return round(flops[True] / sum(flops.values()), 4)
+    return {
+        "sparse_flops_share": round(flops[True] / sum(flops.values()), 4),
+        "sparsify_gb": round(sum(moved) / 1e9, 4),
+    }
+
+
+def sparsify_bytes(m: int, k: int, itemsize: int) -> float:
+    """X (M, K) read; values, metadata and scale written."""
+    return m * k * itemsize * 1.5 + m * k / 8 + 4 * m
 
 
 @contextmanager
