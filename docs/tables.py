@@ -255,7 +255,6 @@ def _interval(row: Mapping[str, Any], key: str, digits: int) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
     "quality": ("quality_emoji.json", quality),
-    "quality-cpu": ("quality_emoji_cpu.json", quality),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),
     "quality-steps": ("quality_emoji.json", quality_steps),
