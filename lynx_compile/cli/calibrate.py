@@ -30,9 +30,13 @@ def calibrate_(
     steps: Annotated[int, typer.Option(help="Denoising steps of a run.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Prompts in one run.")] = 1,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of every LoRA branch.")] = 64,
+    rank: Annotated[int, typer.Option(help="Rank of every branch.")] = 64,
     total_rank: Annotated[int | None, typer.Option(help="A budget over all layers instead.")] = None,
     no_shift: Annotated[bool, typer.Option("--no-shift", help="Prune around zero, not the mean.")] = False,
+    no_deflate: Annotated[
+        bool,
+        typer.Option("--no-deflate", help="LoRA branches beside what is pruned: faster, further from dense."),
+    ] = False,
     memory: Annotated[float, typer.Option(help="GiB of device memory for statistics.")] = 8.0,
     state: Annotated[Path | None, typer.Option(help="Folder from which a killed run goes on.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Least time within this error.")] = None,
@@ -46,7 +50,7 @@ def calibrate_(
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
 ) -> None:
-    """Fit LoRA branches and shifts; with --max-error or --speed also measure and choose what stays dense."""
+    """Fit branches and shifts; with --max-error or --speed also measure and choose what stays dense."""
     import torch
 
     from ..calibration import calibrate
@@ -66,6 +70,7 @@ def calibrate_(
         rank=rank,
         total_rank=total_rank,
         shift=not no_shift,
+        deflate=not no_deflate,
         steps=steps,
         memory=int(memory * 2**30),
         state=state,

@@ -22,12 +22,13 @@ def branches(k: int, n: int) -> dict[str, Branch]:
         "native": Branch(compensation="native"),
         "shift and branch": Branch(shift=normal(k, scale=0.2), **factors),
         "text dense": Branch(dense_tokens=8, **factors),
+        "deflated": Branch(shift=normal(k, scale=0.2), deflate=True, **factors),
     }
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["norm", "native", "shift and branch", "text dense"])
+@pytest.mark.parametrize("kind", ["norm", "native", "shift and branch", "text dense", "deflated"])
 def test_branch_by_kernels_is_its_definition(kind: str, shape: tuple[int, int, int, int]) -> None:
     batch, tokens, k, n = shape
     if missing := kernels.unavailable_reason(torch.device("cuda", 0), torch.bfloat16):
@@ -40,7 +41,8 @@ def test_branch_by_kernels_is_its_definition(kind: str, shape: tuple[int, int, i
         found = branch(layer, x).float()
     with torch.enable_grad():  # kernels run without gradients only
         exact = branch(layer, x).detach().float()
-    assert (found - exact).norm() < 6e-3 * exact.norm()
+    # Two products round what deflation leaves, so that in a few groups another of two near-equal channels is kept.
+    assert (found - exact).norm() < (6e-2 if branch.deflate else 6e-3) * exact.norm()
 
 
 @pytest.mark.gpu
@@ -57,5 +59,5 @@ def test_calibration_on_the_gpu_is_that_on_the_cpu(compensation: str) -> None:
     for name, layer in profiles[0].items():
         other = profiles[1][name]
         assert other.error_after == pytest.approx(layer.error_after, rel=1e-3)
-        product, expected = (b.up.cpu() @ b.down.cpu() for b in (other.branch, layer.branch))
+        product, expected = (b.down.cpu().T @ b.down.cpu() for b in (other.branch, layer.branch))
         assert (product - expected).norm() < 1e-2 * expected.norm()
