@@ -27,7 +27,7 @@ from . import (
     semantics,
     sparsify_kernel,
 )
-from .calls import Call, Known, Operands, Options, Shortcut
+from .calls import Call, Known, Operands, Options
 from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -325,7 +325,3 @@ _library.impl("rotary", _rotary)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)
 _library.impl("sparse_linears", _sparse_linears)
-Shortcut.install(ops.sparsify, _sparsify_calls, _sparsify_key)
-Shortcut.install(ops.sparse_linear, _linear_calls, _linear_key)
-Shortcut.install(ops.sparse_linears, _together_calls, _together_key)
-Shortcut.install(rotary.rotary, _rotary_calls, _rotary_key)
