@@ -41,7 +41,7 @@ def test_branch_by_kernels_is_its_definition(kind: str, shape: tuple[int, int, i
         found = branch(layer, x).float()
     with torch.enable_grad():  # kernels run without gradients only
         exact = branch(layer, x).detach().float()
-    # Two products round what deflation leaves, so that in a few groups another of two near-equal channels is kept.
+    # Deflation by two products rounds otherwise: in a few groups another of two near-equal channels is kept.
     assert (found - exact).norm() < (6e-2 if branch.deflate else 6e-3) * exact.norm()
 
 
