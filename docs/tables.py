@@ -203,6 +203,26 @@ def quality(result: Result) -> list[str]:
     return [*lines, "", _source(result, "{prompts} held-out prompts, {steps} steps")]
 
 
+def levers(result: Result) -> list[str]:
+    """Every lever by itself."""
+    lines = _head(["lever", "sparse", "PSNR, dB", "error (95%)"])
+    for row in result["rows"]:
+        if row["latent_rel_err"]:
+            share = f"{row['sparse_flops_share']:.1%}" if row["sparse_flops_share"] else "–"
+            cells = [share, f"{row['psnr_db']:.1f}", _interval(row, "latent_rel_err", 3)]
+            lines.append(_line([row["method"].removeprefix("lever: "), *cells]))
+    return [*lines, "", _source(result, "{prompts} held-out prompts, {steps} steps")]
+
+
+def distillation(result: Result) -> list[str]:
+    """What joint distillation does to the loss it trains on."""
+    lines = _head(["start and rate", "s", "held-out loss before", "after"])
+    for run in result["studies"]["joint_distillation"]["runs"]:
+        first, last = run["history"][0][2], min(loss for _, _, loss in run["history"])
+        lines.append(_line([run["method"], f"{run['seconds']:.0f}", f"{first:.3f}", f"{last:.3f}"]))
+    return [*lines, "", _source(result, "relative squared error of the guided velocity, held-out prompts")]
+
+
 def quality_race(result: Result) -> list[str]:
     """How long training takes to the closed form's error."""
     lines = _head(
@@ -255,6 +275,9 @@ def _interval(row: Mapping[str, Any], key: str, digits: int) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
     "quality": ("quality_emoji.json", quality),
+    "levers": ("levers_emoji.json", levers),
+    "levers-cpu": ("levers_emoji_cpu.json", levers),
+    "distillation": ("levers_emoji.json", distillation),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),
     "quality-steps": ("quality_emoji.json", quality_steps),
