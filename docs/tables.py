@@ -94,16 +94,24 @@ def steps(result: Result) -> list[str]:
     return [*lines, "", _source(result, f"ms, {_points(result)}")]
 
 
-def compilation(result: Result) -> list[str]:
-    """Seconds of compilation and peak memory of a step, beside Inductor's."""
-    lines = _head(["model", "backend", "graphs", "compile, s", "of Inductor's", "peak, GiB", "over dense"])
+def memory(result: Result) -> list[str]:
+    """Kernel launches and peak memory of a step beside Inductor's."""
+    lines = _head(["model", "backend", "LoRA rank", "launches", "peak, GiB", "over dense"])
     for row, dense in _beside(result, "inductor"):
-        seconds, ratio = "–", "–"
+        cells = [row["model"], row["backend"], str(row["lora_rank"]), str(row["launches"])]
+        over = row["peak_gib"] / dense["peak_gib"] - 1
+        lines.append(_line([*cells, f"{row['peak_gib']:.2f}", "" if row is dense else f"**{over:+.1%}**"]))
+    return [*lines, "", _source(result, _points(result))]
+
+
+def compilation(result: Result) -> list[str]:
+    """Graphs and seconds of compilation with empty caches beside Inductor's."""
+    lines = _head(["model", "backend", "graphs", "compile, s", "of Inductor's"])
+    for row, dense in _beside(result, "inductor"):
         if row["compile_s"] is not None and dense["compile_s"]:
-            seconds, ratio = f"{row['compile_s']:.1f}", f"{row['compile_s'] / dense['compile_s']:.2f}×"
-        over = f"{row['peak_gib'] / dense['peak_gib'] - 1:+.1%}"
-        cells = [str(row["graphs"]), seconds, ratio, f"{row['peak_gib']:.2f}", over]
-        lines.append(_line([row["model"], row["backend"], *cells]))
+            cells = [str(row["graphs"]), f"{row['compile_s']:.1f}"]
+            cells.append(f"**{row['compile_s'] / dense['compile_s']:.2f}×**")
+            lines.append(_line([row["model"], row["backend"], *cells]))
     return [*lines, "", _source(result, _points(result))]
 
 
@@ -142,7 +150,7 @@ def floor(result: Result) -> list[str]:
     attention, elementwise: what they take under Inductor.
     """
     device = json.loads((ROOT / "lynx_compile" / "data" / "h200.json").read_text())
-    lines = _head(["model", "part", "Inductor, ms", "rt_lynx-everything, ms", "floor, ms", "left, ms"])
+    lines = _head(["model", "part", "Inductor, ms", "rt_lynx-everything, ms", "floor, ms", "above it, ms"])
     for row, dense in _beside(result, "inductor"):
         if row["backend"] != "rt_lynx-everything":
             continue
@@ -285,6 +293,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm-rates": ("gemm_h200.json", rates),
     "coverage": ("coverage.json", coverage),
     "steps": ("step_h200.json", steps),
+    "memory": ("step_h200.json", memory),
     "compilation": ("step_h200.json", compilation),
     "floor": ("step_h200.json", floor),
     "kernels": ("step_h200.json", kernels),
