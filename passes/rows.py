@@ -6,8 +6,7 @@
                                                             y = cat([text, rest], 1)
 
 Layers that read one x share its parts, so that they can share one `sparsify` too. What makes x is done for
-each part, where nothing else reads it, so that it folds into that `sparsify` and never needs all of x;
-`epilogue` then lets the sparse layer write its rows of y.
+each part, where nothing else reads it, so that it folds into that `sparsify` and never needs all of x.
 """
 
 from __future__ import annotations

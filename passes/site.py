@@ -58,13 +58,10 @@ class Site:
     out: fx.Node
     note: Note
 
-    def absorb(
-        self, consumed: fx.Node, mutations: Mutations, shape: Sequence[Any] | None = None, **epilogue: Any
-    ) -> bool:
+    def absorb(self, consumed: fx.Node, mutations: Mutations, **epilogue: Any) -> bool:
         """Compute the layer where `consumed` is, with further arguments, in its place.
 
-        shape: of the result, where that is another than the layer's. False, and nothing done, if an operand
-        may be written to in between.
+        False, and nothing done, if an operand may be written to in between.
         """
         if any(mutations.between(read, self.y, consumed) for read in self.y.all_input_nodes):
             return False
@@ -72,7 +69,7 @@ class Site:
         y.meta[META] = self.note
         out = y
         if self.out is not self.y:
-            out = shaped(y, self.out.args[1] if shape is None else list(shape), consumed)
+            out = shaped(y, self.out.args[1], consumed)
         for new in dict.fromkeys((y, out)):
             mutations.stand_in(new, consumed)
         replace(consumed, out)

@@ -21,7 +21,6 @@ from . import (
     launch,
     operands,
     ops,
-    placement,
     rotary,
     rotary_kernel,
     semantics,
@@ -83,7 +82,7 @@ def is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-_sparsify_calls, _linear_calls, _placed_calls, _together_calls, _rotary_calls = (Known() for _ in range(5))
+_sparsify_calls, _linear_calls, _rotary_calls = Known(), Known(), Known()
 
 
 def _sparsify_key(
@@ -112,13 +111,9 @@ def _linear_key(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-    left: Tensor | None = None,
-    top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
-    beside = top if left is None else left
-    place = None if beside is None else (left is None, *beside.shape)
-    return (activation, place, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
+    return (activation, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 
 def _sparsify(
@@ -192,18 +187,14 @@ def _sparse_linear(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-    left: Tensor | None = None,
-    top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
     options, given = _linear_key(
-        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, left, top, version
+        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, version
     )
-    placed = left is not None or top is not None
-    known = _placed_calls if placed else _linear_calls
-    call = known.find(options, given)
+    call = _linear_calls.find(options, given)
     if call is not None:
-        return placement.fill(call.run()[0], left, top)
+        return call.run()[0]
     prepare_gemm = _gemm(values.get_device(), values.dtype)
     if prepare_gemm is None or version != ops.VERSION:
         return ops._sparse_linear_reference(
@@ -217,79 +208,18 @@ def _sparse_linear(
             activation=activation,
             gate=gate,
             residual=residual,
-            left=left,
-            top=top,
             version=version,
         )
     if activation not in semantics.ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
     if not values.shape[0] or not weight.shape[0]:
-        return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top)
+        return values.new_empty((values.shape[0], weight.shape[0]))
     checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
     *matrices, up, bias, gate, residual = checked
-    layer = *matrices, up, bias, activation, gate, residual
-    if placed:
-        call = placement.prepare(prepare_gemm, layer, left, top)
-        if call is None:
-            return ops.placed(prepare_gemm(*layer).run()[0], left, top)
-    else:
-        call = prepare_gemm(*layer)
+    call = prepare_gemm(*matrices, up, bias, activation, gate, residual)
     if all(a is b for a, b in zip(checked, given, strict=True)):
-        known.keep(options, given, call)
-    return placement.fill(call.run()[0], left, top)
-
-
-def _together_key(
-    values: Tensor,
-    metadata: Tensor,
-    scale: Tensor,
-    ts: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lora_ups: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[str],
-    gates: Sequence[Tensor | None],
-    residuals: Sequence[Tensor | None],
-    version: int = ops.VERSION,
-) -> tuple[Options, Operands]:
-    given = values, metadata, scale, *ts, *weights, *lora_ups, *biases, *gates, *residuals
-    return (*activations, version), given
-
-
-def _sparse_linears(
-    values: Tensor,
-    metadata: Tensor,
-    scale: Tensor,
-    ts: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    lora_ups: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[str],
-    gates: Sequence[Tensor | None],
-    residuals: Sequence[Tensor | None],
-    version: int = ops.VERSION,
-) -> list[Tensor]:
-    lists = ts, weights, lora_ups, biases, activations, gates, residuals
-    options, given = _together_key(values, metadata, scale, *lists, version)
-    call = _together_calls.find(options, given)
-    if call is not None:
-        return list(call.run())
-    device = values.get_device()
-    empty = not values.shape[0] or not all(weight.shape[0] for weight in weights)
-    unknown = not set(activations) <= set(semantics.ACTIVATIONS)
-    if _gemm(device, values.dtype) is None or version != ops.VERSION or empty or unknown:
-        return ops._sparse_linears(values, metadata, scale, *lists, version)
-    layers, as_given = [], True
-    for t, weight, up, bias, activation, gate, residual in zip(*lists, strict=True):
-        one = values, metadata, scale, t, weight, up, bias, gate, residual
-        checked = operands.checked(*one)
-        as_given &= all(a is b for a, b in zip(checked, one, strict=True))
-        *compressed, t, weight, up, bias, gate, residual = checked
-        layers.append(operands.Layer(t, weight, up, bias, activation, gate, residual))
-    call = (gemm_sm90 if is_hopper(device) else gemm_mma).prepare_all(*compressed, layers)
-    if as_given:
-        _together_calls.keep(options, given, call)
-    return list(call.run())
+        _linear_calls.keep(options, given, call)
+    return call.run()[0]
 
 
 def _rotary_key(
@@ -324,4 +254,3 @@ def _rotary(
 _library.impl("rotary", _rotary)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)
-_library.impl("sparse_linears", _sparse_linears)
