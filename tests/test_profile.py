@@ -208,6 +208,7 @@ def fuzz(folder: Path, rounds: int, seed: int) -> tuple[int, int]:
             for layer, other in zip(saved.layers.values(), found.layers.values(), strict=True):
                 assert torch.equal(layer.branch.down, other.branch.down)
                 assert (layer.sparse, layer.sensitivity) == (other.sparse, other.sensitivity)
+                assert layer.branch.deflate == other.branch.deflate
         (folder / name).write_bytes(contents[name])
     return refused, loaded
 
