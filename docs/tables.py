@@ -284,7 +284,6 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
     "quality": ("quality_emoji.json", quality),
     "levers": ("levers_emoji.json", levers),
-    "levers-cpu": ("levers_emoji_cpu.json", levers),
     "distillation": ("levers_emoji.json", distillation),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),
