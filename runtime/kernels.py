@@ -26,7 +26,7 @@ from . import (
     semantics,
     sparsify_kernel,
 )
-from .calls import Call, Known, Operands, Options
+from .calls import Call, Known
 from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -85,37 +85,6 @@ def is_hopper(device: int) -> bool:
 _sparsify_calls, _linear_calls, _rotary_calls = Known(), Known(), Known()
 
 
-def _sparsify_key(
-    producer: str,
-    inputs: Sequence[Tensor | None],
-    lora_down: Tensor | None = None,
-    eps: float = 0.0,
-    mult_offset: float = 0.0,
-    shift: Tensor | None = None,
-    score: Tensor | None = None,
-    compensation: str = "norm",
-    deflated: int = 0,
-    version: int = ops.VERSION,
-) -> tuple[Options, Operands]:
-    return (producer, eps, mult_offset, compensation, deflated, version), (*inputs, lora_down, shift, score)
-
-
-def _linear_key(
-    values: Tensor,
-    metadata: Tensor,
-    scale: Tensor,
-    t: Tensor,
-    weight: Tensor,
-    lora_up: Tensor | None = None,
-    bias: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    version: int = ops.VERSION,
-) -> tuple[Options, Operands]:
-    return (activation, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
-
-
 def _sparsify(
     producer: str,
     inputs: Sequence[Tensor | None],
@@ -131,9 +100,8 @@ def _sparsify(
     if deflated and version == ops.VERSION and lora_down is not None:
         x = semantics.produce(producer, inputs, eps, mult_offset) if producer != "identity" else inputs[0]
         return _deflated(x, lora_down, deflated, shift, score, compensation)
-    options, given = _sparsify_key(
-        producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated, version
-    )
+    options = producer, eps, mult_offset, compensation, version
+    given = *inputs, lora_down, shift, score
     call = _sparsify_calls.find(options, given)
     if call is not None:
         return call.run()
@@ -189,9 +157,8 @@ def _sparse_linear(
     residual: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
-    options, given = _linear_key(
-        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, version
-    )
+    options = activation, version
+    given = values, metadata, scale, t, weight, lora_up, bias, gate, residual
     call = _linear_calls.find(options, given)
     if call is not None:
         return call.run()[0]
@@ -222,17 +189,6 @@ def _sparse_linear(
     return call.run()[0]
 
 
-def _rotary_key(
-    parts: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    eps: Sequence[float],
-    cos: Sequence[Tensor],
-    sin: Sequence[Tensor],
-    version: int = ops.VERSION,
-) -> tuple[Options, Operands]:
-    return (*eps, version), (*parts, *weights, *cos, *sin)
-
-
 def _rotary(
     parts: Sequence[Tensor],
     weights: Sequence[Tensor | None],
@@ -241,7 +197,8 @@ def _rotary(
     sin: Sequence[Tensor],
     version: int = ops.VERSION,
 ) -> Tensor:
-    options, given = _rotary_key(parts, weights, eps, cos, sin, version)
+    options = *eps, version
+    given = *parts, *weights, *cos, *sin
     call = _rotary_calls.find(options, given)
     if call is not None:
         return call.run()[0]
