@@ -11,9 +11,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 from typer.testing import CliRunner
 
+from lynx_compile.calibration import calibrate
+from lynx_compile.calibration.workload import Pipeline
 from lynx_compile.cli import app
 from lynx_compile.cli.demo import summary
-from lynx_compile.demo import ERROR_TITLE, VARIANTS, Variant, error_steps, picture_grid, render, run
+from lynx_compile.demo import (
+    ERROR_TITLE,
+    VARIANTS,
+    Variant,
+    error_steps,
+    picture_grid,
+    render,
+    run,
+    variants_with,
+)
 from lynx_compile.demo.layer_error import LayerErrors
 from lynx_compile.evaluation.emoji import load_emoji_pipeline
 from lynx_compile.runtime import semantics
@@ -40,12 +51,18 @@ def tiny_pipe():
 
 
 @pytest.fixture(scope="module")
-def result(tiny_pipe):
+def profile(tiny_pipe):
+    return calibrate(Pipeline(tiny_pipe, PROMPTS, steps=2), rank=32, steps=2, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def result(tiny_pipe, profile):
     told: list[tuple[str, str]] = []
     made = run(
         tiny_pipe,
         PROMPTS,
         steps=2,
+        profile=profile,
         begin=lambda title: told.append(("begin", title)),
         advance=lambda title: told.append(("advance", title)),
     )
@@ -57,7 +74,7 @@ def result(tiny_pipe):
 
 
 def test_outcomes(result, tiny_pipe):
-    dense, native, norm, other = result.outcomes
+    dense, native, norm, calibrated, other = result.outcomes
     assert [o.variant for o in result.outcomes] == list(VARIANTS)
     assert all(o.pictures.shape == (2, 3, 64, 64) for o in result.outcomes)
     assert all(o.pictures.min() >= 0 and o.pictures.max() <= 1 for o in result.outcomes)
@@ -65,10 +82,11 @@ def test_outcomes(result, tiny_pipe):
     assert dense.sparse_share == other.sparse_share == 0.0
     assert norm.sparse_share == native.sparse_share
     assert native.sparse_share > 0.5
+    assert calibrated.sparse_share > 0.5
     # sparse moves the pictures, another noise more so (the model is random), and the two compensations differ
     assert native.distance.error.value > 0
     assert norm.distance.error.value > 0
-    assert other.distance.error.value > norm.distance.error.value
+    assert other.distance.error.value > norm.distance.error.value > calibrated.distance.error.value
     assert not torch.equal(native.latents, norm.latents)
     assert isinstance(tiny_pipe.transformer, FluxTransformer2DModel)  # handed back as it was
 
@@ -152,6 +170,12 @@ def test_a_gpu_shows_its_name_and_step_times(result, monkeypatch):
     assert "GPU cuda:1" in page
     assert "ms a step" in page
     assert "were emulated" not in page
+
+
+def test_without_a_profile_nothing_is_calibrated(tiny_pipe):
+    assert not any(variant.calibrated for variant in variants_with(None))
+    with pytest.raises(ValueError, match="needs a profile"):
+        run(tiny_pipe, PROMPTS[:1], steps=1, variants=VARIANTS)
 
 
 def test_what_cannot_be_compared_is_an_error(tiny_pipe):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..demo import Demo
+    from ..profile import Profile
 
 app = typer.Typer()
 
@@ -56,7 +57,7 @@ def demo(
             pipe = _load(model, device)
         _check_lengths(pipe, prompts)
         _make_folder(out)
-        result = _run(console, pipe, prompts, seed, steps, guidance)
+        result = _run(console, pipe, _profile(model), prompts, seed, steps, guidance)
         _write(result, out)
     except (OSError, ImportError, RuntimeError, ValueError) as error:
         # as text: brackets in a prompt or a path are no markup
@@ -153,14 +154,32 @@ def _load(model: Path | None, device: str | None) -> Any:
     return load_emoji_pipeline(model, dtype=dtype).to(chosen)
 
 
-def _run(console: Any, pipe: Any, prompts: list[str], seed: int, steps: int, guidance: float) -> Demo:
+def _profile(model: Path | None) -> Profile | None:
+    """The profile shipped beside the model; None when another model folder has none."""
+    from ..evaluation.emoji import EXAMPLE
+    from ..profile import load_profile
+
+    folder = (EXAMPLE if model is None else model if (model / "model").is_dir() else model.parent) / "profile"
+    return load_profile(folder) if folder.is_dir() else None
+
+
+def _run(
+    console: Any,
+    pipe: Any,
+    profile: Profile | None,
+    prompts: list[str],
+    seed: int,
+    steps: int,
+    guidance: float,
+) -> Demo:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..demo import ERROR_TITLE, VARIANTS, error_steps, run
+    from ..demo import ERROR_TITLE, error_steps, run, variants_with
 
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        totals = {variant.title: steps + 1 for variant in VARIANTS} | {ERROR_TITLE: error_steps(steps)}
+        totals = {variant.title: steps + 1 for variant in variants_with(profile)}
+        totals[ERROR_TITLE] = error_steps(steps)
         bars = {title: progress.add_task(title, total=total, start=False) for title, total in totals.items()}
 
         def begin(title: str) -> None:
@@ -169,7 +188,8 @@ def _run(console: Any, pipe: Any, prompts: list[str], seed: int, steps: int, gui
         def advance(title: str) -> None:
             progress.advance(bars[title])
 
-        return run(pipe, prompts, seed=seed, steps=steps, guidance=guidance, begin=begin, advance=advance)
+        settings: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance}
+        return run(pipe, prompts, profile=profile, begin=begin, advance=advance, **settings)
 
 
 def summary(result: Demo) -> Table:

@@ -1,6 +1,6 @@
 """What `rt-lynx demo` does: the same seeds dense and sparse, how far apart, and a page."""
 
-from .generation import ERROR_TITLE, VARIANTS, Demo, Outcome, Variant, error_steps, run
+from .generation import ERROR_TITLE, VARIANTS, Demo, Outcome, Variant, error_steps, run, variants_with
 from .page import picture_grid, render
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "picture_grid",
     "render",
     "run",
+    "variants_with",
 ]

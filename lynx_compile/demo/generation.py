@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import clear_report, report
 from ..evaluation.emoji import to_pictures
 from ..evaluation.metrics import Distance, distance
+from ..profile import Profile, apply_profile, remove_profile
 from ..report import Report
 from ..runtime import kernels
 from .layer_error import LayerErrors
@@ -31,10 +32,15 @@ def _ignore(_: str) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model. compensation: None for the dense model.  noise: offset of the seeds."""
+    """One way to run the model.
+
+    compensation: None for the dense model.  calibrated: with the profile given to `run`.  noise: offset of
+    the seeds.
+    """
 
     title: str
     compensation: str | None = None
+    calibrated: bool = False
     noise: int = 0
 
 
@@ -42,8 +48,14 @@ VARIANTS = (
     Variant("dense"),
     Variant("SA-native", compensation="native"),
     Variant("SA-NC", compensation="norm"),
+    Variant("SA-NC, calibrated", compensation="norm", calibrated=True),
     Variant("dense, other seeds", noise=10_000),
 )
+
+
+def variants_with(profile: object | None) -> tuple[Variant, ...]:
+    """`VARIANTS`, without the calibrated one when there is no profile."""
+    return tuple(variant for variant in VARIANTS if profile is not None or not variant.calibrated)
 
 
 @dataclass
@@ -91,20 +103,26 @@ def run(
     seed: int = 0,
     steps: int = 20,
     guidance: float = 3.5,
-    variants: Sequence[Variant] = VARIANTS,
+    profile: Profile | None = None,
+    variants: Sequence[Variant] | None = None,
     begin: Told = _ignore,
     advance: Told = _ignore,
 ) -> Demo:
     """Generate `prompts` with every variant; picture i of each starts from the noise of seed + i.
 
     pipe: a pipeline with a `transformer`, called as `EmojiFluxPipeline` is; the first variant is the dense
-    one that the others are compared with. Without kernels for the pipeline's device the sparse variants are
-    emulated. begin is told a variant's title before its first step, advance after each of its steps + 1; last
-    come the steps of `error_steps(steps)` under `ERROR_TITLE`.
-    Raises ValueError when the first variant is sparse, RuntimeError when a sparse one has no sparse layer.
+    one that the others are compared with; None stands for `variants_with(profile)`. Without kernels for the
+    pipeline's device the sparse variants are emulated. begin is told a variant's title before its first
+    step, advance after each of its steps + 1; last come the steps of `error_steps(steps)` under
+    `ERROR_TITLE`.
+    Raises ValueError when the first variant is sparse or a calibrated one has no profile, ProfileError when
+    the profile is another model's, RuntimeError when a sparse variant has no sparse layer.
     """
+    variants = variants_with(profile) if variants is None else variants
     if not variants or variants[0].compensation is not None:
         raise ValueError("the first variant is what the others are compared with, so it has to be dense")
+    if profile is None and any(variant.calibrated for variant in variants):
+        raise ValueError("a calibrated variant needs a profile")
     model = pipe.transformer
     demo = Demo(list(prompts), seed, steps, guidance, str(model.device), _needs_emulation(model))
     try:
@@ -112,6 +130,11 @@ def run(
             begin(variant.title)
             clear_report()
             torch.compiler.reset()  # the variants share their code objects: no cache entry may serve two
+            pipe.transformer = model
+            if variant.calibrated and profile is not None:
+                apply_profile(pipe, profile)
+            else:
+                remove_profile(pipe)
             pipe.transformer = _as_variant(model, variant, demo.emulated)
             outcome = _generate(pipe, demo, variant, advance)
             if demo.outcomes:
@@ -120,6 +143,7 @@ def run(
             demo.outcomes.append(outcome)
     finally:
         pipe.transformer = model
+        remove_profile(pipe)
     begin(ERROR_TITLE)
     demo.layer_errors = _layer_errors(pipe, demo, advance)
     return demo
