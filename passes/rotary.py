@@ -26,6 +26,7 @@ from ..runtime.rotary import CHANNELS, rotary
 from ..runtime.semantics import compute_dtype
 from .graph import (
     arg,
+    expression,
     insert,
     interior,
     is_one,
@@ -41,6 +42,7 @@ from .mutation import Mutations, remove_dead
 from .norm import match_norm
 from .producer import recognise, skip_cast_of_result
 
+_Tables = dict[tuple[Any, ...], list[fx.Node]]
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 _TOKENS = 1  # dimension of the tokens
 
@@ -63,7 +65,7 @@ class _Part(NamedTuple):
 def fold_rotations(graph: fx.Graph) -> int:
     """Run the pass; returns the number of rotations and concatenations folded."""
     mutations = Mutations(graph)
-    tables: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
+    tables: _Tables = {}
     count = 0
     for node in list(graph.nodes):
         rotation = match_rotation(node)
@@ -79,8 +81,8 @@ def fold_rotations(graph: fx.Graph) -> int:
 def match_rotation(node: fx.Node) -> _Rotation | None:
     """The rotation whose result, in x's dtype, `node` is."""
     core, out = skip_cast_of_result(node), tensor(node)
-    if out is None or out.dim() != 4 or out.shape[-1] not in CHANNELS:
-        return None
+    if out is None or out.dim() != 4 or not any(same_size(out.shape[-1], size) for size in CHANNELS):
+        return None  # a symbolic width, as of a picture (B, C, H, W), must not get a guard
     if out.device.type == "cuda" and out.dtype not in kernels.DTYPES:
         return None
     found = _in_real_numbers(core) if kind(core) == "add" else _in_complex_numbers(core)
@@ -151,7 +153,7 @@ def _before_pairs(node: Any) -> fx.Node | None:
     before, after = tensor(source), tensor(node)
     if before is None or after is None or before.dim() != 4 or after.dim() != 5:
         return None
-    pairs = same_shape(after.shape[:3], before.shape[:3]) and after.shape[-1] == 2
+    pairs = same_shape(after.shape[:3], before.shape[:3]) and same_size(after.shape[-1], 2)
     return skip_casts(source) if pairs else None
 
 
@@ -163,14 +165,15 @@ def _flattened_pairs(node: fx.Node) -> fx.Node | None:
     before, after = tensor(source), tensor(node)
     if before is None or after is None or before.dim() != 5 or after.dim() != 4:
         return None
-    return source if same_shape(before.shape[:3], after.shape[:3]) and before.shape[-1] == 2 else None
+    pairs = same_shape(before.shape[:3], after.shape[:3]) and same_size(before.shape[-1], 2)
+    return source if pairs else None
 
 
 def _fits(table: fx.Node, x: Tensor) -> bool:
     """Whether a table of angles has a row a token for all heads: (…, T, 1, D), or (…, T, 1, D/2) complex."""
     angles = tensor(table)
-    if angles is None or angles.dim() not in (3, 4) or angles.device != x.device:
-        return False
+    if angles is None or angles.dim() not in (3, 4) or angles.device != x.device or angles.is_conj():
+        return False  # what is conjugated lazily cannot be viewed as real
     numbers = x.shape[-1] // 2 if angles.dtype in _COMPLEX else x.shape[-1]
     if _COMPLEX.get(angles.dtype, angles.dtype) != compute_dtype(x.dtype):
         return False
@@ -179,9 +182,7 @@ def _fits(table: fx.Node, x: Tensor) -> bool:
     return fits and is_one(angles.shape[-2]) and samples
 
 
-def _rewrite(
-    node: fx.Node, rotation: _Rotation, tables: dict[tuple[fx.Node, ...], list[fx.Node]], mutations: Mutations
-) -> int:
+def _rewrite(node: fx.Node, rotation: _Rotation, tables: _Tables, mutations: Mutations) -> int:
     for parts in (_normalized_parts(rotation.x), [_Part(rotation.x, None, -1.0)]):
         reads = [
             *rotation.angles,
@@ -217,6 +218,8 @@ def _normalized(x: fx.Node) -> _Part | None:
     producer = recognise(x, match_norm)
     if producer is None or producer.name != "rms_norm" or any(i is not None for i in producer.inputs[2:]):
         return None
+    if not isinstance(producer.eps, fx.Node) and producer.eps < 0:  # which says "no norm" to the op
+        return None
     source, weight = producer.inputs[:2]
     assert source is not None
     example = tensor(weight)
@@ -240,10 +243,10 @@ def _outdated(mutations: Mutations, inside: list[fx.Node], reads: list[fx.Node],
 
 
 def _tables(
-    angles: tuple[fx.Node, ...], tables: dict[tuple[fx.Node, ...], list[fx.Node]], before: fx.Node
+    angles: tuple[fx.Node, ...], tables: _Tables, before: fx.Node
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """cos and sin, (B or 1, T, D/2, 1 or 2): views of the model's tables, made once for what shares these."""
-    key = tuple(_without_added_dimension(table) for table in angles)
+    key = tuple(map(_identity, angles))
     if key not in tables:
         found = []
         for table in angles:
@@ -262,15 +265,19 @@ def _tables(
     return [cos], [sin]
 
 
-def _without_added_dimension(table: fx.Node) -> fx.Node:
-    """Queries and keys each add the dimension of heads to the same table."""
+def _identity(table: fx.Node) -> tuple[Any, ...]:
+    """Equal for queries and keys, which each add the dimension of heads to one table at the same place."""
+    example = tensor(table)
+    assert example is not None
+    samples = (1,) * (4 - example.dim())
+    shape = (*samples, *map(expression, example.shape))
     while kind(table) == "unsqueeze" or (
         kind(table) == "getitem"
         and isinstance(index := arg(table, "index"), tuple)
         and all(part is None or part == slice(None) for part in index)
     ):
         table = arg(table, "input")
-    return table
+    return table, shape
 
 
 def _split(table: fx.Node, parts: list[_Part], before: fx.Node) -> list[fx.Node]:

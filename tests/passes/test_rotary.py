@@ -5,7 +5,7 @@ from torch import nn
 
 from lynx_compile import passes
 from lynx_compile.passes.rotary import fold_rotations
-from lynx_compile.runtime.rotary import rotary
+from lynx_compile.runtime.rotary import CHANNELS, rotary
 
 from .graphs import function, ops_of
 
@@ -169,3 +169,39 @@ def test_definition():
     torch.testing.assert_close(
         turn, torch.polar(torch.ones_like(angles), angles)[:, :, None, :, 0].expand_as(turn)
     )
+
+
+def test_tables_conjugated_lazily_are_left():
+    folded(lambda m, q, f: turned_complex(m.norm(q), f.conj()), (Q, FREQS), 0, {"rotary": 0}, norm=norm())
+
+
+def test_one_table_by_token_and_by_sample():
+    def forward(m, q, k, cos, sin):
+        by_sample = turned(q, cos[:, None, None], sin[:, None, None])
+        return by_sample + turned(k, cos[None, :, None], sin[None, :, None])
+
+    tokens = torch.randn(B, B, H, D, dtype=torch.float64, generator=G)
+    folded(forward, (Q[:, :1], tokens, COS[:B], SIN[:B]), 2, {"rotary": 2}, norm=norm())
+
+
+def test_a_negative_eps_is_no_missing_norm():
+    def forward(m, q, f):
+        return turned_complex(q * torch.rsqrt(q.pow(2).mean(-1, keepdim=True) + -1e-3), f)
+
+    folded(forward, (Q, FREQS), 1, {"rotary": 1, "rsqrt": 1})
+
+
+def test_symbolic_widths_get_no_guard():
+    """A picture (B, C, H, W) of any size is one graph, also where W happens to be a width of heads."""
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        assert fold_rotations(gm.graph) == 0
+        return gm.forward
+
+    torch._dynamo.reset()
+    module = torch.compile(function(lambda m, x: x * 2 + 1), backend=backend, dynamic=True)
+    for size in (CHANNELS[2], 48, CHANNELS[1]):
+        module(torch.zeros(2, 3, size, size))
+    assert len(graphs) == 1
