@@ -18,7 +18,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import ROW_MAJOR_VIEWS, insert, interior, kind, order, real_users, replace, same_size, tensor
+from .graph import (
+    ROW_MAJOR_VIEWS,
+    insert,
+    interior,
+    is_one,
+    kind,
+    order,
+    real_users,
+    replace,
+    same_size,
+    tensor,
+)
 from .linear import Linear, match_linear
 from .mutation import Mutations
 from .producers import producer_of
@@ -85,6 +96,8 @@ class _Splitter:
         steps = sorted((node for node in inside if _has_tokens(node, x)), key=position.__getitem__)
         if any(kind(node) in ROW_MAJOR_VIEWS for node in steps):  # their sizes are spelled out
             return None
+        if any(_broadcasts_along_tokens(node) for node in steps):
+            return None
         return [read for read in reads if _has_tokens(read, x)], steps
 
 
@@ -94,6 +107,12 @@ def _has_tokens(node: fx.Node, x: fx.Node) -> bool:
     if example is None or whole is None or example.dim() != 3:
         return False
     return same_size(example.shape[_TOKENS], whole.shape[_TOKENS])
+
+
+def _broadcasts_along_tokens(node: fx.Node) -> bool:
+    """Whether a step reads a tensor (tokens, channels), which has no dimension of samples."""
+    examples = [tensor(read) for read in node.all_input_nodes]
+    return any(e is not None and e.dim() == 2 and not is_one(e.shape[0]) for e in examples)
 
 
 def _part(x: fx.Node, tokens: slice, before: fx.Node) -> fx.Node:

@@ -99,3 +99,16 @@ def test_an_input_that_is_read_elsewhere_too_is_made_once():
     gm = traced(function(lambda m, x: (lambda h: m.q(h) + h)(F.gelu(x)), q=q), X)
     passes.sparsify_linears(gm.graph, passes.split_rows(gm.graph, passes.find_linears(gm.graph)))
     assert ops_of(gm)["gelu"] == 1
+
+
+def test_a_modulation_without_samples_is_not_cut():
+    q = attach(nn.Linear(64, 64).double().requires_grad_(False), decision="sparse", dense_tokens=3)
+    x, by_token = X[:1], X[1]
+    forward = lambda m, x, c: m.q(F.layer_norm(x, (64,)) * (1 + c) + c)  # noqa: E731
+    gm = traced(function(forward, q=q), x, by_token)
+    linears = passes.split_rows(gm.graph, passes.find_linears(gm.graph))
+    passes.sparsify_linears(gm.graph, linears)
+    gm.graph.lint()
+    gm.recompile()
+    made = F.layer_norm(x, (64,)) * (1 + by_token) + by_token
+    torch.testing.assert_close(gm(x, by_token)[:, :3], q(made)[:, :3])
