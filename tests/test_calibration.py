@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,16 @@ def make_workload_like(workload: Inputs) -> Inputs:
 def test_memory_budget_must_hold_one_input() -> None:
     with pytest.raises(ValueError, match="raise it"):
         calibrate(make_workload(), rank=8, quiet=True, memory=1000)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": -1}, {"rank": 2.5}, {"total_rank": -3}, {"steps": 0}, {"dense_tokens": {"*": -1}}]
+)
+def test_counts_are_checked_before_anything_runs(options: dict[str, Any]) -> None:
+    workload = make_workload()
+    workload.inputs = []  # running it would find no layer
+    with pytest.raises(ValueError, match=next(iter(options))):
+        calibrate(workload, quiet=True, **options)
 
 
 def test_two_processes_give_the_same_profile(tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
         (("--max-error", "0.1", "--speed", "1.2"), "not both"),
         (("--count", "20"), "has 12 prompts, 24 are needed"),
         (("--text-rows", "blocks.1"), "is not GLOB=N"),
+        (("--text-rows", "blocks.1.*=6"), "--text-rows is for the choice"),
+        (
+            ("--speed", "1.2", "--costs", "flops", "--text-rows", "block.1.*=6"),
+            "text rows of 'block.1.*': no layer that may be sparse has such a name",
+        ),
         (
             ("--speed", "9", "--costs", "flops"),
             "--speed 9.0 is out of reach: with all that may be sparse it is 1.7",

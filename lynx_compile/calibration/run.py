@@ -61,9 +61,16 @@ def calibrate(
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
+    Raises ValueError for counts below these, before anything runs, and where `memory` cannot hold one input.
     """
     start = time.monotonic()
     model = workload.model
+    for what, given, least in (("rank", rank, 0), ("total_rank", total_rank, 0), ("steps", steps, 1)):
+        if given is not None and (not isinstance(given, int) or given < least):
+            raise ValueError(f"{what}={given!r} is no whole number from {least} on")
+    for glob, tokens in (dense_tokens or {}).items():
+        if tokens < 0:
+            raise ValueError(f"dense_tokens[{glob!r}] = {tokens} is negative; it counts leading tokens")
     text = {
         name: tokens
         for name, _ in model.named_modules()

@@ -24,9 +24,14 @@ def joint_text_rows(
     """layer → leading rows of each sample that are text, for layers whose rows are text and image.
 
     given: glob on layer names → rows, for models that are not known here. Known ones are asked for the text
-    length of the study's own prompts; empty for a model that is neither.
+    length of the study's own prompts; empty for a model that is neither. Raises ValueError for a glob that
+    matches none of the names.
     """
     if given:
+        names = list(names)
+        for glob in given:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise ValueError(f"text rows of {glob!r}: no layer that may be sparse has such a name")
         return {name: rows for name in names for glob, rows in given.items() if fnmatchcase(name, glob)}
     glob = _TEXT_FIRST.get(type(study.workload.model).__name__)
     if glob is None:

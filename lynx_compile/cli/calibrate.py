@@ -25,13 +25,13 @@ def calibrate_(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the profile.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
-    count: Annotated[int, typer.Option(help="Prompts for the statistics.")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="Prompts for the statistics.")] = 64,
     held_out: Annotated[int, typer.Option(help="Prompts for sensitivities, taken after these.")] = 4,
-    steps: Annotated[int, typer.Option(help="Denoising steps of a run.")] = 20,
-    batch_size: Annotated[int, typer.Option(help="Prompts in one run.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a run.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one run.")] = 1,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank of every branch.")] = 64,
-    total_rank: Annotated[int | None, typer.Option(help="A budget over all layers instead.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of every branch.")] = 64,
+    total_rank: Annotated[int | None, typer.Option(min=0, help="A budget over all layers instead.")] = None,
     no_shift: Annotated[bool, typer.Option("--no-shift", help="Prune around zero, not the mean.")] = False,
     no_deflate: Annotated[
         bool,
@@ -59,6 +59,8 @@ def calibrate_(
     if max_error is not None and speed is not None:
         raise typer.BadParameter("give --max-error or --speed, not both")
     rows = _text_rows(text_rows)
+    if rows and max_error is None and speed is None:
+        raise typer.BadParameter("--text-rows is for the choice that --max-error or --speed asks for")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank_, world, device = _join_group(device)
     pipe = _load(model, device)
@@ -190,8 +192,8 @@ def _choose(
 
     study = Sensitivity(held_out, calls=5)
     branches = branches_of(profile, held_out.model)
-    rows = joint_text_rows(study, branches, text_rows)
     try:
+        rows = joint_text_rows(study, branches, text_rows)
         table = costs_of(profile, held_out.model, costs, rows)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
