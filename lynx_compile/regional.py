@@ -29,19 +29,20 @@ log = logging.getLogger(__name__)
 def compile_blocks(
     model: nn.Module,
     *,
-    blocks: Sequence[str] | None = None,
+    blocks: str | Sequence[str] | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
     **options: Any,
 ) -> int:
     """Compile each repeated block of a model in place with the rt_lynx backend.
 
-    blocks: class names of the blocks; by default the model's `_repeated_blocks`. fullgraph, dynamic: as in
-    `torch.compile`. options: those of the backend; `skip` and `only` speak of full names here. Returns the
-    number of distinct patterns, each of which is compiled once, on its first call.
+    blocks: class names of the blocks, or one; by default the model's `_repeated_blocks`. fullgraph, dynamic:
+    as in `torch.compile`. options: those of the backend; `skip` and `only` speak of full names here. Returns
+    the number of distinct patterns, each of which is compiled once, on its first call.
     Raises ValueError when the model has no such blocks.
     """
     settings = Options.parse(options)
+    blocks = [blocks] if isinstance(blocks, str) else blocks
     names = tuple(blocks or getattr(model, "_repeated_blocks", None) or ())
     found = {name: module for name, module in model.named_modules() if type(module).__name__ in names}
     if not found:

@@ -300,7 +300,11 @@ def test_a_model_without_repeated_blocks_says_what_to_give():
     with pytest.raises(ValueError, match=r"name the classes with blocks=\[...\]"):
         compile_blocks(nn.Sequential(linear()))
     with pytest.raises(ValueError, match="no block of class Missing"):
-        compile_blocks(Model(1), blocks=["Missing"])
+        compile_blocks(Model(1), blocks="Missing")
+
+
+def test_one_class_of_blocks_may_be_named_alone():
+    assert compile_blocks(nn.Sequential(Block(), Block()), blocks="Block", **OPTIONS) == 1
 
 
 def test_pattern_tells_what_is_shared():
