@@ -32,7 +32,7 @@ def calibrate(prompts: Path, *arguments: str) -> Result:
 def test_writes_a_profile(prompts: Path) -> None:
     result = calibrate(prompts)
     assert result.exit_code == 0, result.output
-    assert "6 of 6 layers sparse" in " ".join(result.output.split())
+    assert "6 layers; safe defaults decide" in " ".join(result.output.split())
     profile = load_profile(prompts.parent / "profile")
     assert profile.provenance["prompts"] == 8
     assert profile.steps == 3

@@ -28,6 +28,7 @@ from lynx_compile.profile import (
     save_profile,
     seal,
 )
+from lynx_compile.profile.format import UNDECIDED
 
 FILES = ("lynx.json", "adapter_config.json", "adapter_model.safetensors", "lynx_vectors.safetensors")
 
@@ -232,6 +233,18 @@ def test_apply_and_remove(folder: Path) -> None:
     assert torch.equal(model(x), before)
     remove_profile(model)
     assert not any(isinstance(module, LynxLinear) for module in model.modules())
+
+
+def test_where_nothing_was_chosen_the_policy_decides(tmp_path: Path) -> None:
+    model = make_model()
+    profile = make_profile(model)
+    profile.layers["blocks.0.up"].reason = UNDECIDED
+    save_profile(profile, tmp_path / "undecided")
+    apply_profile(model, tmp_path / "undecided")
+    up = model.get_submodule("blocks.0.up")
+    assert up.lynx_decision is None
+    assert up.lynx_down is not None
+    assert model.get_submodule("blocks.0.down").lynx_decision == "sparse"
 
 
 def test_layers_with_equal_data_share_it_once_applied(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`calibrate`: from a workload to a profile whose every candidate layer has its branch; all of them sparse.
+"""`calibrate`: from a workload to a profile whose every candidate layer has its branch, nothing chosen.
 
 Decisions come after, from what the layers do to the picture (`sensitivity`, `choose`).
 """
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..profile import Branch, Layer, Profile, fingerprint
+from ..profile.format import UNDECIDED
 from .collect import Collector
 from .solve import (
     Branches,
@@ -111,7 +112,7 @@ def calibrate(
             layers[name] = Layer(
                 (linears[name].out_features, linears[name].in_features),
                 True,
-                "candidate",
+                UNDECIDED,
                 Branch(
                     down,
                     up,

@@ -94,7 +94,11 @@ def calibrate_(
             from ..calibration.plots import draw
 
             draw(profile, out / "plots", points)
-        console.print(f"wrote {out}: {len(profile.sparse_layers())} of {len(profile.layers)} layers sparse")
+        if points:
+            chosen = f"{len(profile.sparse_layers())} of {len(profile.layers)} layers sparse"
+        else:
+            chosen = f"{len(profile.layers)} layers; safe defaults decide which of them run sparse"
+        console.print(f"wrote {out}: {chosen}")
     if world > 1:
         torch.distributed.destroy_process_group()
 

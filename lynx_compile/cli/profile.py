@@ -53,7 +53,7 @@ def show(folder: Folder) -> None:
             name,
             str(layer.shape[0]),
             str(layer.shape[1]),
-            "sparse" if layer.sparse else "dense",
+            layer.decision or "default",
             f"{layer.branch.rank} ({layer.branch.rank / layer.shape[1]:.1%} of K)"
             if layer.branch.rank
             else "0",

@@ -22,7 +22,8 @@ _STATE = "_lynx_profile"
 def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: bool = True) -> Profile:
     """Attach a profile to a transformer or a pipeline's; `torch.compile(…, backend="rt_lynx")` picks it up.
 
-    profile: as loaded, a folder, or a hub id ("user/name"). Layers the profile keeps dense are marked so.
+    profile: as loaded, a folder, or a hub id ("user/name"). Layers the profile keeps dense are marked so;
+    where nothing was chosen the backend's safe defaults decide.
     With dense first steps a hook on the transformer follows the schedule (give the pipeline rather than its
     transformer: then the hook reads the scheduler and needs no device synchronisation). A profile applied
     before is removed. check_weights=False accepts a finetune of the calibrated model: same layers, other
@@ -57,7 +58,7 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
             dense_tokens=branch.dense_tokens if layer.sparse else 0,
             deflated=branch.deflated if layer.sparse else 0,
             switch=switch if layer.sparse else None,
-            decision="sparse" if layer.sparse else "dense",
+            decision=layer.decision,
             reason=f"profile: {layer.reason}",
         )
     handle = None

@@ -14,13 +14,16 @@ SCHEMA = 2
 FORMAT = "lynx-profile"
 DAMAGED = "the file is damaged or was edited by hand; fetch it again or calibrate again"
 
+UNDECIDED = "calibrated, nothing chosen: the safe defaults decide"
+
 
 @dataclass(eq=False)
 class Layer:
     """One linear layer (N, K) of a profile.
 
-    sparse, reason: the decision and why.  branch: what runs beside it when sparse (kept for dense layers too,
-    so that decisions can be changed without calibrating again).  tokens: rows of one sample in one
+    sparse, reason: the decision and why; with the reason UNDECIDED it is left to the backend's policy, which
+    keeps sensitive classes of layers dense.  branch: what runs beside it when sparse (kept for dense layers
+    too, so that decisions can be changed without calibrating again).  tokens: rows of one sample in one
     call.  error_before, error_after: relative output error with norm compensation alone and with the
     branch.  sensitivity: relative error of the velocity and of the final sample when only this layer is
     sparse.
@@ -34,6 +37,11 @@ class Layer:
     error_before: float | None = None
     error_after: float | None = None
     sensitivity: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def decision(self) -> str | None:
+        """What the profile says: "sparse", "dense", or None where the policy decides."""
+        return None if self.reason == UNDECIDED else "sparse" if self.sparse else "dense"
 
 
 @dataclass(eq=False)
