@@ -29,9 +29,9 @@ def joint_text_rows(
     """
     if given:
         names = list(names)
-        for glob in given:
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise ValueError(f"text rows of {glob!r}: no layer that may be sparse has such a name")
+        for wanted in given:
+            if not any(fnmatchcase(name, wanted) for name in names):
+                raise ValueError(f"text rows of {wanted!r}: no layer that may be sparse has such a name")
         return {name: rows for name in names for glob, rows in given.items() if fnmatchcase(name, glob)}
     glob = _TEXT_FIRST.get(type(study.workload.model).__name__)
     if glob is None:
