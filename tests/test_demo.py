@@ -26,7 +26,8 @@ from lynx_compile.demo import (
     variants_with,
 )
 from lynx_compile.demo.layer_error import LayerErrors
-from lynx_compile.evaluation.emoji import load_emoji_pipeline
+from lynx_compile.evaluation.emoji import EXAMPLE, load_emoji_pipeline
+from lynx_compile.profile import ProfileError, load_profile
 from lynx_compile.runtime import semantics
 
 PROMPTS = ["a red fox, noto", "<b>pizza</b> & co, twemoji"]
@@ -178,6 +179,14 @@ def test_without_a_profile_nothing_is_calibrated(tiny_pipe):
         run(tiny_pipe, PROMPTS[:1], steps=1, variants=VARIANTS)
 
 
+def test_another_models_profile_is_refused_before_the_work(tiny_pipe):
+    told = []
+    shipped = load_profile(EXAMPLE / "profile")
+    with pytest.raises(ProfileError, match="another size"):
+        run(tiny_pipe, PROMPTS[:1], steps=1, profile=shipped, begin=told.append)
+    assert not told
+
+
 def test_what_cannot_be_compared_is_an_error(tiny_pipe):
     with pytest.raises(ValueError, match="has to be dense"):
         run(tiny_pipe, PROMPTS[:1], steps=1, variants=[Variant("sparse", compensation="norm")])
@@ -284,6 +293,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, monk
 
 def test_a_file_that_cannot_be_replaced_is_named(tmp_path, monkeypatch, tiny_pipe):
     monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
+    monkeypatch.setattr("lynx_compile.cli.demo._profile", lambda model: None)
     (tmp_path / "report.html").mkdir()
     arguments = ["demo", "--prompt", "frog, noto", "--steps", "1", "--out", str(tmp_path)]
     made = CliRunner().invoke(app, arguments)
@@ -300,13 +310,14 @@ def test_a_package_that_is_missing_comes_with_the_command_that_installs_it(tmp_p
     assert "pip install 'lynx-compile[demo]'" in output
 
 
-def test_command_writes_grid_and_page(tmp_path, monkeypatch, tiny_pipe):
+def test_command_writes_grid_and_page(tmp_path, monkeypatch, tiny_pipe, profile):
     monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
+    monkeypatch.setattr("lynx_compile.cli.demo._profile", lambda model: profile)
     out = tmp_path / "out"
     arguments = ["demo", "--prompt", "frog, noto", "--steps", "1", "--out", str(out)]
     made = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert made.exit_code == 0, made.output
     assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert "frog, noto" in (out / "report.html").read_text()
-    for said in ("SA-native", "SA-NC", "PSNR", "emulated"):
+    for said in ("SA-native", "SA-NC, calibrated", "PSNR", "emulated"):
         assert said in made.output

@@ -16,6 +16,7 @@ from .. import clear_report, report
 from ..evaluation.emoji import to_pictures
 from ..evaluation.metrics import Distance, distance
 from ..profile import Profile, apply_profile, remove_profile
+from ..profile.apply import check_fits
 from ..report import Report
 from ..runtime import kernels
 from .layer_error import LayerErrors
@@ -124,6 +125,8 @@ def run(
     if profile is None and any(variant.calibrated for variant in variants):
         raise ValueError("a calibrated variant needs a profile")
     model = pipe.transformer
+    if profile is not None:
+        check_fits(model, profile)  # before the work, not after it
     demo = Demo(list(prompts), seed, steps, guidance, str(model.device), _needs_emulation(model))
     try:
         for variant in variants:
