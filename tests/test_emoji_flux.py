@@ -16,6 +16,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from lynx_compile.profile import load_profile
+from lynx_compile.profile.apply import check_fits
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji_flux"
 TINY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
 
@@ -370,3 +373,9 @@ def test_missing_model_folder_is_named(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"model_index\.json.*save_pretrained"):
         EmojiFluxPipeline.from_pretrained(tmp_path)
+
+
+def test_the_profile_beside_the_model_is_its_own(shipped):
+    profile = load_profile(EXAMPLE / "profile")
+    check_fits(shipped.transformer, profile)
+    assert 0 < len(profile.sparse_layers()) < len(profile.layers)
