@@ -247,6 +247,22 @@ def test_where_nothing_was_chosen_the_policy_decides(tmp_path: Path) -> None:
     assert model.get_submodule("blocks.0.down").lynx_decision == "sparse"
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_merged_layer_is_as_the_profile_says_that_chose(sparse: bool) -> None:
+    model = make_model()
+    chosen, open_ = make_profile(model), make_profile(model, seed=1)
+    for layer in open_.layers.values():
+        layer.sparse, layer.reason = True, UNDECIDED
+    chosen.layers["blocks.0.up"].sparse = sparse
+    for first, second in ((chosen, open_), (open_, chosen)):
+        merged = merge(first, second).layers["blocks.0.up"]
+        assert merged.decision == ("sparse" if sparse else "dense")
+    assert merge(open_, open_).layers["blocks.0.up"].decision is None
+    row = next(row for row in diff(chosen, open_) if row.name == "blocks.0.up")
+    assert row.changed
+    assert row.decisions[1] == "default"
+
+
 def test_layers_with_equal_data_share_it_once_applied(tmp_path: Path) -> None:
     model = make_model()
     profile = make_profile(model)

@@ -41,7 +41,7 @@ def diff(first: Profile, second: Profile) -> list[Difference]:
         rows.append(
             Difference(
                 name,
-                ("sparse" if a.sparse else "dense", "sparse" if b.sparse else "dense"),
+                (a.decision or "default", b.decision or "default"),
                 (a.branch.rank, b.branch.rank),
                 (a.error_after, b.error_after),
                 _branch_distance(a.branch, b.branch),
@@ -55,9 +55,9 @@ def merge(first: Profile, second: Profile) -> Profile:
 
     Each counts by the tokens it saw (`provenance.tokens`). Shifts, scores, errors and sensitivities are
     averaged; LoRA branches are averaged as products B·A and cut back to the larger rank by SVD; deflations as
-    projections AᵀA, cut back likewise, with B carried over to the new A. A layer is
-    sparse where both say so; the first dense steps are the larger number. Raises ProfileError for different
-    models or compensations.
+    projections AᵀA, cut back likewise, with B carried over to the new A. A layer is sparse where both say so;
+    where only one has chosen, it is as that one says. The first dense steps are the larger number. Raises
+    ProfileError for different models or compensations.
     """
     _same_model(first, second)
     if first.compensation != second.compensation:
@@ -89,7 +89,7 @@ def _merge_layer(a: Layer, b: Layer, weight: float) -> Layer:
     return Layer(
         a.shape,
         a.sparse and b.sparse,
-        a.reason if not a.sparse or b.sparse else b.reason,
+        b.reason if a.sparse and (not b.sparse or a.decision is None) else a.reason,
         replace(
             a.branch,
             down=down,
