@@ -343,6 +343,7 @@ def _source(result: Result, note: str) -> str:
         load,
         f"`{result['command']}`",
         f"at {result['commit']}",
+        result.get("note", "").partition(";")[0],  # how it differs from what the command alone would give
     ]
     return f"*{'; '.join(part for part in parts if part)}.*"
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lynx_compile.bench import gemm, report, timing
+from lynx_compile.bench import gemm, host, report, timing
 from lynx_compile.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,3 +170,13 @@ def test_a_row_has_every_method(monkeypatch):
     assert row["cusparselt_ms"] is None  # there is none on a CPU
     assert row["total_ms"] == 2.0
     assert not set(gemm.PEERS) & set(gemm.measure_shape(64, 64, 64, 16, torch.bfloat16, 0.1, peers=False))
+
+
+def test_host_times_every_call(monkeypatch):
+    """Of seven calls that take 1 to 7 s the median is 4 s, whatever the op."""
+    once = [t for i in range(7) for t in (100 * i, 100 * i + 1 + i)]
+    clock = iter(6 * once)
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    rows = host.run("cpu", calls=7)
+    assert [row["host_us"] for row in rows] == [4e6] * 6
+    assert len({row["call"] for row in rows}) == 6

@@ -1,6 +1,6 @@
 """The profile in profile/: branches that deflate, from the model's own runs, and a choice measured elsewhere.
 
-    python examples/emoji_flux/make_profile.py            # 14 minutes on 2 CPU cores
+    python examples/emoji_flux/make_profile.py            # 13 minutes on 2 busy CPU cores
 
 What stays dense is `rt-lynx eval`'s choice at 85% (docs/results/quality_emoji.json, 512 prompts on a GPU),
 without its dense first step. `rt-lynx calibrate emoji --speed …` chooses anew, which takes a GPU's patience.

@@ -214,6 +214,29 @@ def start(
         write_results(json, rows, **_recorded(commit))
 
 
+@app.command()
+def host(
+    calls: Annotated[int, typer.Option(min=1, help="Calls of each op; the median counts.")] = 3000,
+    json: Json = None,
+    commit: Commit = None,
+) -> None:
+    """What a call of `sparsify` and of `sparse_linear` costs the host, beside torch's linear layer."""
+    from rich.table import Table
+
+    from ..bench import host as measurements
+    from ..results import write_results
+
+    console = _console()
+    _need_gpu(console)
+    rows = measurements.run(calls=calls)
+    table = Table("call", "host, µs", title="An idle GPU, inference mode")
+    for row in rows:
+        table.add_row(row["call"], f"{row['host_us']:.1f}")
+    console.print(table)
+    if json is not None:
+        write_results(json, rows, **_recorded(commit))
+
+
 def _console() -> Any:
     from rich.console import Console
 

@@ -12,30 +12,19 @@ import torch
 
 @dataclass
 class Clock:
-    """Seconds between entering and leaving `running` and `paused`, the device's work included."""
+    """Seconds between entering and leaving `running`, the device's work included."""
 
     seconds: float = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self._adding(1):
-            yield
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside `running`: what happens here does not count."""
-        with self._adding(-1):
-            yield
-
-    @contextmanager
-    def _adding(self, sign: int) -> Iterator[None]:
         _finish()
         start = time.monotonic()
         try:
             yield
         finally:
             _finish()
-            self.seconds += sign * (time.monotonic() - start)
+            self.seconds += time.monotonic() - start
 
 
 def _finish() -> None:

@@ -2,8 +2,6 @@
 
 import concurrent.futures
 import operator
-import statistics
-import time
 
 import pytest
 import torch
@@ -310,33 +308,3 @@ def shifted(tensor):
     memory = tensor.new_empty(tensor.numel() + 1)
     memory[1:] = tensor.flatten()
     return memory[1:].view(tensor.shape)
-
-
-def test_host_time(capsys):
-    """Medians over thousands of calls on an idle GPU. Printed, not asserted: a busy machine is no failure."""
-    torch.use_deterministic_algorithms(False)
-    layer = Layer(m=64, n=32, k=128)
-    modulation = normal(2, 128, seed=6)
-    with torch.inference_mode():
-        compressed = ops.sparsify("identity", [layer.x], layer.down)
-        norm = [layer.x, None, None, modulation[:1], modulation[1:]]
-        calls = {
-            "sparsify": lambda: ops.sparsify("identity", [layer.x], layer.down),
-            "sparsify, adaLN": lambda: ops.sparsify("layer_norm", norm, layer.down, 1e-6, 1.0),
-            "sparse_linear": lambda: ops.sparse_linear(*compressed, layer.weight, layer.up, layer.bias),
-            "sparse_linear, gate and residual": lambda: ops.sparse_linear(
-                *compressed, layer.weight, layer.up, layer.bias, "none", layer.gate, layer.residual
-            ),
-            "torch linear": lambda: torch.nn.functional.linear(layer.x, layer.weight, layer.bias),
-        }
-        for name, call in calls.items():
-            times = []
-            for i in range(2500):
-                if i % 50 == 0:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-            with capsys.disabled():
-                print(f"\n{name}: {statistics.median(times) * 1e6:.1f} µs of host time a call", end="")
-            assert min(times) > 0
