@@ -208,8 +208,9 @@ def _sharing(graph: fx.Graph) -> dict[str, int]:
     """Layer name → how many layers read the values of the same sparsify."""
     readers: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
-        if node.target is ops.sparse_linear:
-            readers.setdefault(node.args[0], []).append(node.meta[META].name)
+        if node.target in (ops.sparse_linear, ops.sparse_linears):
+            notes = node.meta[META] if node.target is ops.sparse_linears else [node.meta[META]]
+            readers.setdefault(node.args[0], []).extend(note.name for note in notes)
     return {name: len(names) for names in readers.values() for name in names}
 
 

@@ -17,6 +17,7 @@ from .producer import Producer
 from .producers import producer_of
 from .rotary import fold_rotations
 from .rows import split_rows
+from .together import run_together
 
 # What runs once the chosen layers are sparse, in the best order; any other is as correct.
 FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
@@ -28,6 +29,7 @@ FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
     fold_epilogues,
     fold_rotations,
     choose_at_run_time,
+    run_together,
 )
 
 __all__ = [

@@ -5,7 +5,7 @@
     k = sparse_linear(*s, V, bias=c)
 
 One graph then serves every resolution without a guard on it. Layers with a known M, or with an M that is
-always large enough, keep the two ops. Runs last.
+always large enough, keep the two ops. Runs near the end.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 from torch import fx
 
 from ..runtime import ops
-from .graph import CASTS, getitem, insert, kind, order, replace
-from .mutation import Mutations, is_fresh, remove_dead
+from .graph import getitem, insert, order, replace
+from .mutation import Mutations, remove_dead
 from .site import META, Site, sites_of
+from .together import hoist
 
 
 def choose_at_run_time(graph: fx.Graph) -> int:
@@ -44,7 +45,7 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
         operands = [node for node in _operands(site) if node is not None]
         if any(mutations.between(node, first, site.y) for node in operands):
             return 0
-        if not all(_hoist(node, first, position) for node in operands):
+        if not all(hoist(node, first, position) for node in operands):
             return 0
     columns: list[int] = []
     for index, site in enumerate(layers):
@@ -83,17 +84,3 @@ def _operands(site: Site) -> list[Any]:
 def _dense_bias(site: Site) -> fx.Node | None:
     bias: Any = site.y.kwargs.get("bias")
     return site.note.dense_bias if site.note.folded else bias
-
-
-def _hoist(node: fx.Node, before: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Move what computes an operand (padding, stacking and scaling of factors) in front of `before`."""
-    if node not in position or position[node] < position[before]:
-        return True
-    pure = is_fresh(node) or kind(node) in CASTS
-    if not pure or node.target in (ops.sparsify, ops.sparse_linear, ops.linears):
-        return False
-    if not all(_hoist(source, before, position) for source in node.all_input_nodes):
-        return False
-    before.prepend(node)
-    position[node] = position[before] - 1
-    return True

@@ -11,17 +11,41 @@
 
 Runs after the passes that fold an activation into the *next* `sparsify`, which is the better place. A gate is
 one row a sample; a residual has y's shape. All in y's dtype: a wider operand is left to the compiler.
+
+    y = sparse_linear(*s, W)                       h = sparse_linear(*s, W, left=x)
+    h = cat([x, y], -1)                    →
+
+    y = sparse_linear(*s, W)                       h = sparse_linear(*s, W, top=x)
+    h = cat([x, y], 1)                     →
+
+The layer writes its part of what is concatenated, and only x is copied. (A concatenation that a `sparsify`
+reads was folded there before.)
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from .graph import arg, is_one, kind, operands, per_sample, real_users, same_shape, tensor
+from .graph import (
+    arg,
+    insert,
+    is_one,
+    kind,
+    operands,
+    per_sample,
+    real_users,
+    same_shape,
+    same_size,
+    tensor,
+)
 from .mutation import Mutations, remove_dead
 from .site import Site, sites, sites_of
+
+_COLUMNS = 8  # of 16 bits: what the kernels store at once
 
 
 def fold_epilogues(graph: fx.Graph) -> int:
@@ -29,7 +53,7 @@ def fold_epilogues(graph: fx.Graph) -> int:
     mutations = Mutations(graph)
     count = 0
     for site in sites(graph):
-        for step in (_bias, _activation, _gated_residual, _gate, _residual):
+        for step in (_bias, _activation, _gated_residual, _gate, _residual, _concatenation):
             count += step(site, mutations)
     if count:
         remove_dead(graph)
@@ -122,6 +146,41 @@ def _residual(site: Site, mutations: Mutations) -> bool:
     if not _is_residual(residual, site) or _siblings_choose(site):
         return False
     return site.absorb(reader, mutations, residual=residual)
+
+
+def _concatenation(site: Site, mutations: Mutations) -> bool:
+    """cat([x, y]), along the channels or along the tokens of (samples, tokens, channels)."""
+    readers = real_users(site.out)
+    if len(readers) != 1 or len(site.out.users) != 1 or kind(readers[0]) != "cat" or site.note.min_tokens > 1:
+        return False
+    cat, out = readers[0], tensor(site.out)
+    parts = arg(cat, "tensors")
+    if len(parts) != 2 or parts[1] is not site.out or parts[0] is site.out or out is None:
+        return False
+    other, dims = tensor(parts[0]), out.dim()
+    if other is None or not _alike(other, out) or other.dim() != dims or _has(site, "left", "top"):
+        return False
+    axis = arg(cat, "dim", 0) % dims
+    if not all(
+        same_size(a, b) for i, (a, b) in enumerate(zip(other.shape, out.shape, strict=True)) if i != axis
+    ):
+        return False
+    sizes: list[Any] = list(site.out.args[1]) if site.out is not site.y else []
+    if axis == dims - 1:
+        width = other.shape[-1]
+        if not isinstance(width, int) or width % _COLUMNS:
+            return False
+        if sizes:
+            sizes[-1] += width
+        return site.absorb(cat, mutations, sizes, left=parts[0])
+    if axis != 1 or dims != 3 or _has(site, "gate", "residual"):
+        return False
+    above = other.shape[1]
+    if not isinstance(above, int):
+        above = insert(cat, torch.ops.aten.sym_size.int, (parts[0], 1), cat)
+    both = isinstance(above, int) and isinstance(sizes[1], int)
+    sizes[1] = above + sizes[1] if both else insert(cat, operator.add, (above, sizes[1]), cat)
+    return site.absorb(cat, mutations, sizes, top=parts[0])
 
 
 def _has(site: Site, *names: str) -> bool:

@@ -6,7 +6,8 @@
                                                             y = cat([text, rest], 1)
 
 Layers that read one x share its parts, so that they can share one `sparsify` too. What makes x is done for
-each part, where nothing else reads it, so that it folds into that `sparsify` and never needs all of x.
+each part, where nothing else reads it, so that it folds into that `sparsify` and never needs all of x;
+`epilogue` then lets the sparse layer write its rows of y.
 """
 
 from __future__ import annotations

@@ -58,10 +58,13 @@ class Site:
     out: fx.Node
     note: Note
 
-    def absorb(self, consumed: fx.Node, mutations: Mutations, **epilogue: Any) -> bool:
+    def absorb(
+        self, consumed: fx.Node, mutations: Mutations, shape: Sequence[Any] | None = None, **epilogue: Any
+    ) -> bool:
         """Compute the layer where `consumed` is, with further arguments, in its place.
 
-        False, and nothing done, if an operand may be written to in between.
+        shape: of the result, where that is another than the layer's. False, and nothing done, if an operand
+        may be written to in between.
         """
         if any(mutations.between(read, self.y, consumed) for read in self.y.all_input_nodes):
             return False
@@ -69,7 +72,7 @@ class Site:
         y.meta[META] = self.note
         out = y
         if self.out is not self.y:
-            out = shaped(y, self.out.args[1], consumed)
+            out = shaped(y, self.out.args[1] if shape is None else list(shape), consumed)
         for new in dict.fromkeys((y, out)):
             mutations.stand_in(new, consumed)
         replace(consumed, out)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from . import build, gemm_mma, gemm_sm90, kernels, operands, ops, rotary, rotary_kernel, sparsify_kernel
 
-_OPS = (ops.sparsify, ops.sparse_linear, ops.linears, rotary.rotary)
+_OPS = (ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears, rotary.rotary)
 
 
 def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> list[Future[bytes]]:
@@ -32,8 +32,17 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         if node.target is ops.sparse_linear:
             size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
             if size is not None:
-                behind = [options.get(name) for name in ("bias", "gate", "residual")]
-                units += _gemm_unit(size, args[4], options.get("activation", "none"), *behind)
+                up, bias, gate, residual = (options.get(n) for n in ("lora_up", "bias", "gate", "residual"))
+                activation = options.get("activation", "none")
+                layer = operands.Layer(args[3], args[4], up, bias, activation, gate, residual)
+                units += _gemm_units(size, [layer])
+            continue
+        if node.target is ops.sparse_linears:
+            size = sparsified.get(node.args[0].args[0])
+            if size is not None:
+                units += _gemm_units(
+                    size, [operands.Layer(*layer) for layer in zip(*args[3:10], strict=True)]
+                )
             continue
         producer, inputs = args[:2]
         size = _size(producer, inputs)
@@ -46,9 +55,9 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         found = sparsify_kernel.kernels_for(producer, inputs, size.m, size.k, size.device, **tensors)
         units += [kernel.unit(size.arch) for kernel in found]
         if node.target is ops.linears:
-            names = "activations", "biases", "gates", "residuals"
-            for layer in zip(args[2], *(options[name] for name in names), strict=True):
-                units += _gemm_unit(size, *layer)
+            names = "lora_ups", "biases", "activations", "gates", "residuals"
+            layers = zip(args[2], args[2], *(options[name] for name in names), strict=True)
+            units += _gemm_units(size, [operands.Layer(*layer) for layer in layers])
     return build.prebuild(units)
 
 
@@ -79,23 +88,22 @@ def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _gemm_unit(
-    size: _Size,
-    weight: Tensor | None,
-    activation: str,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-) -> list[build.Unit]:
-    """What a layer launches. Its tensors may be fake: only sizes are read."""
-    if weight is None:
-        return []
-    n = _hint(weight.shape[0])
-    kernel_for = gemm_sm90.kernel_for if kernels.is_hopper(size.device) else gemm_mma.kernel_for
-    tail = gate is not None or residual is not None
-    bias_rows = size.m // max(_hint(operands.samples(bias, n)), 1)
-    kernel = kernel_for(size.device, size.dtype, size.m, n, size.k, activation, tail, bias_rows)
-    return [kernel.unit(size.arch)]
+def _gemm_units(size: _Size, layers: Sequence[operands.Layer]) -> list[build.Unit]:
+    """What the layers of one X launch. Their tensors may be fake: only sizes are read."""
+    units = []
+    hopper = kernels.is_hopper(size.device)
+    known = [layer for layer in layers if layer.weight is not None]
+    for group in gemm_sm90.groups(known) if hopper else [[i] for i in range(len(known))]:
+        widths = tuple(_hint(known[i].weight.shape[0]) for i in group)
+        first = known[group[0]]
+        tail = first.gate is not None or first.residual is not None
+        samples = (operands.samples(known[i].bias, n) for i, n in zip(group, widths, strict=True))
+        rows = min(size.m // max(_hint(count), 1) for count in samples)
+        variant: Any = widths if hopper else widths[0]
+        kernel_for = gemm_sm90.kernel_for if hopper else gemm_mma.kernel_for
+        kernel = kernel_for(size.device, size.dtype, size.m, variant, size.k, first.activation, tail, rows)
+        units.append(kernel.unit(size.arch))
+    return units
 
 
 def _rotary_units(

@@ -21,12 +21,13 @@ from . import (
     launch,
     operands,
     ops,
+    placement,
     rotary,
     rotary_kernel,
     semantics,
     sparsify_kernel,
 )
-from .calls import Call, Known
+from .calls import Call, Known, Operands, Options, Shortcut
 from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -82,7 +83,42 @@ def is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-_sparsify_calls, _linear_calls, _rotary_calls = Known(), Known(), Known()
+_sparsify_calls, _linear_calls, _placed_calls, _together_calls, _rotary_calls = (Known() for _ in range(5))
+
+
+def _sparsify_key(
+    producer: str,
+    inputs: Sequence[Tensor | None],
+    lora_down: Tensor | None = None,
+    eps: float = 0.0,
+    mult_offset: float = 0.0,
+    shift: Tensor | None = None,
+    score: Tensor | None = None,
+    compensation: str = "norm",
+    deflated: int = 0,
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    return (producer, eps, mult_offset, compensation, deflated, version), (*inputs, lora_down, shift, score)
+
+
+def _linear_key(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    t: Tensor,
+    weight: Tensor,
+    lora_up: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    left: Tensor | None = None,
+    top: Tensor | None = None,
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    beside = top if left is None else left
+    place = None if beside is None else (left is None, *beside.shape)
+    return (activation, place, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 
 def _sparsify(
@@ -100,8 +136,9 @@ def _sparsify(
     if deflated and version == ops.VERSION and lora_down is not None:
         x = semantics.produce(producer, inputs, eps, mult_offset) if producer != "identity" else inputs[0]
         return _deflated(x, lora_down, deflated, shift, score, compensation)
-    options = producer, eps, mult_offset, compensation, version
-    given = *inputs, lora_down, shift, score
+    options, given = _sparsify_key(
+        producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated, version
+    )
     call = _sparsify_calls.find(options, given)
     if call is not None:
         return call.run()
@@ -155,13 +192,18 @@ def _sparse_linear(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    left: Tensor | None = None,
+    top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
-    options = activation, version
-    given = values, metadata, scale, t, weight, lora_up, bias, gate, residual
-    call = _linear_calls.find(options, given)
+    options, given = _linear_key(
+        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, left, top, version
+    )
+    placed = left is not None or top is not None
+    known = _placed_calls if placed else _linear_calls
+    call = known.find(options, given)
     if call is not None:
-        return call.run()[0]
+        return placement.fill(call.run()[0], left, top)
     prepare_gemm = _gemm(values.get_device(), values.dtype)
     if prepare_gemm is None or version != ops.VERSION:
         return ops._sparse_linear_reference(
@@ -175,18 +217,90 @@ def _sparse_linear(
             activation=activation,
             gate=gate,
             residual=residual,
+            left=left,
+            top=top,
             version=version,
         )
     if activation not in semantics.ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
     if not values.shape[0] or not weight.shape[0]:
-        return values.new_empty((values.shape[0], weight.shape[0]))
+        return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top)
     checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
     *matrices, up, bias, gate, residual = checked
-    call = prepare_gemm(*matrices, up, bias, activation, gate, residual)
+    layer = *matrices, up, bias, activation, gate, residual
+    if placed:
+        call = placement.prepare(prepare_gemm, layer, left, top)
+        if call is None:
+            return ops.placed(prepare_gemm(*layer).run()[0], left, top)
+    else:
+        call = prepare_gemm(*layer)
     if all(a is b for a, b in zip(checked, given, strict=True)):
-        _linear_calls.keep(options, given, call)
-    return call.run()[0]
+        known.keep(options, given, call)
+    return placement.fill(call.run()[0], left, top)
+
+
+def _together_key(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    ts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    given = values, metadata, scale, *ts, *weights, *lora_ups, *biases, *gates, *residuals
+    return (*activations, version), given
+
+
+def _sparse_linears(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    ts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = ops.VERSION,
+) -> list[Tensor]:
+    lists = ts, weights, lora_ups, biases, activations, gates, residuals
+    options, given = _together_key(values, metadata, scale, *lists, version)
+    call = _together_calls.find(options, given)
+    if call is not None:
+        return list(call.run())
+    device = values.get_device()
+    empty = not values.shape[0] or not all(weight.shape[0] for weight in weights)
+    unknown = not set(activations) <= set(semantics.ACTIVATIONS)
+    if _gemm(device, values.dtype) is None or version != ops.VERSION or empty or unknown:
+        return ops._sparse_linears(values, metadata, scale, *lists, version)
+    layers, as_given = [], True
+    for t, weight, up, bias, activation, gate, residual in zip(*lists, strict=True):
+        one = values, metadata, scale, t, weight, up, bias, gate, residual
+        checked = operands.checked(*one)
+        as_given &= all(a is b for a, b in zip(checked, one, strict=True))
+        *compressed, t, weight, up, bias, gate, residual = checked
+        layers.append(operands.Layer(t, weight, up, bias, activation, gate, residual))
+    call = (gemm_sm90 if is_hopper(device) else gemm_mma).prepare_all(*compressed, layers)
+    if as_given:
+        _together_calls.keep(options, given, call)
+    return list(call.run())
+
+
+def _rotary_key(
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    eps: Sequence[float],
+    cos: Sequence[Tensor],
+    sin: Sequence[Tensor],
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    return (*eps, version), (*parts, *weights, *cos, *sin)
 
 
 def _rotary(
@@ -197,8 +311,7 @@ def _rotary(
     sin: Sequence[Tensor],
     version: int = ops.VERSION,
 ) -> Tensor:
-    options = *eps, version
-    given = *parts, *weights, *cos, *sin
+    options, given = _rotary_key(parts, weights, eps, cos, sin, version)
     call = _rotary_calls.find(options, given)
     if call is not None:
         return call.run()[0]
@@ -211,3 +324,8 @@ def _rotary(
 _library.impl("rotary", _rotary)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)
+_library.impl("sparse_linears", _sparse_linears)
+Shortcut.install(ops.sparsify, _sparsify_calls, _sparsify_key)
+Shortcut.install(ops.sparse_linear, _linear_calls, _linear_key)
+Shortcut.install(ops.sparse_linears, _together_calls, _together_key)
+Shortcut.install(rotary.rotary, _rotary_calls, _rotary_key)

@@ -1,7 +1,8 @@
 """The `rt_lynx::` operators: what rewritten graphs call.
 
     sparsify       producer(inputs) → compressed values, metadata, row scale, LoRA down-projection t
-    sparse_linear  those + W, B, b → y, with activation, gate and residual behind
+    sparse_linear  those + W, B, b → y, with activation, gate and residual, beside or below a given part
+    sparse_linears the layers of one `sparsify` that run one behind the other, in one call
     linears        both for all layers of one X, or the dense layers, as the number of tokens says
     linear         a dense linear layer that carries the data to become sparse; anything but the rt_lynx
                    backend sees an ordinary `aten.linear`
@@ -37,7 +38,13 @@ _library.define(
 _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor scale, Tensor t, Tensor weight, "
     "Tensor? lora_up=None, Tensor? bias=None, str activation='none', Tensor? gate=None, "
-    f"Tensor? residual=None, int version={VERSION}) -> Tensor",
+    f"Tensor? residual=None, Tensor? left=None, Tensor? top=None, int version={VERSION}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+_library.define(
+    "sparse_linears(Tensor values, Tensor metadata, Tensor scale, Tensor[] ts, Tensor[] weights, "
+    "Tensor?[] lora_ups, Tensor?[] biases, str[] activations, Tensor?[] gates, Tensor?[] residuals, "
+    f"int version={VERSION}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
@@ -140,10 +147,17 @@ def _sparse_linear_reference(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    left: Tensor | None = None,
+    top: Tensor | None = None,
     version: int = VERSION,
 ) -> Tensor:
+    """y (M, N) of `semantics.sparse_linear`, as part of a wider or longer matrix.
+
+    left (M, L): columns in front of y's, (M, L + N).  top (S, T, N): rows in front of those of each of the S
+    samples, (S·T + M, N). At most one of them.
+    """
     _check_version(version)
-    return semantics.sparse_linear(
+    y = semantics.sparse_linear(
         layout.unpack(values, metadata),
         scale,
         t,
@@ -154,6 +168,14 @@ def _sparse_linear_reference(
         gate=gate,
         residual=residual,
     )
+    return placed(y, left, top)
+
+
+def placed(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
+    """y beside `left`, or each sample's rows of it below those of `top`."""
+    if left is not None:
+        return torch.cat([left.reshape(y.shape[0], -1), y], 1)
+    return y if top is None else torch.cat([top, y.unflatten(0, (top.shape[0], -1))], 1).flatten(0, 1)
 
 
 def _sparse_linear_fake(
@@ -167,10 +189,53 @@ def _sparse_linear_fake(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    left: Tensor | None = None,
+    top: Tensor | None = None,
     version: int = VERSION,
 ) -> Tensor:
     _check_version(version)
-    return values.new_empty((values.shape[0], weight.shape[0]))
+    m, n = values.shape[0], weight.shape[0]
+    if left is not None:
+        n = n + left.shape[-1]
+    if top is not None:
+        m = m + top.shape[0] * top.shape[1]
+    return values.new_empty((m, n))
+
+
+def _sparse_linears(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    ts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = VERSION,
+) -> list[Tensor]:
+    """`sparse_linear` of each layer."""
+    _check_version(version)
+    layers = zip(ts, weights, lora_ups, biases, activations, gates, residuals, strict=True)
+    return [sparse_linear(values, metadata, scale, *layer) for layer in layers]
+
+
+def _sparse_linears_fake(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    ts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lora_ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    gates: Sequence[Tensor | None],
+    residuals: Sequence[Tensor | None],
+    version: int = VERSION,
+) -> list[Tensor]:
+    _check_version(version)
+    return [values.new_empty((values.shape[0], weight.shape[0])) for weight in weights]
 
 
 def _linears(
@@ -232,13 +297,13 @@ def _linears(
         compensation=compensation,
         deflated=deflated,
     )
-    outputs = []
-    for i, weight in enumerate(weights):
+    ts = []
+    for i in range(len(weights)):
         parts = [t[:, start : start + rank] for layer, start, rank, _ in branches if layer == i]
-        own_t = t if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        layer = own_t, weight, lora_ups[i], biases[i], activations[i], gates[i], residuals[i]
-        outputs.append(sparse_linear(values, metadata, scale, *layer))
-    return outputs
+        ts.append(t if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return sparse_linears(
+        values, metadata, scale, ts, weights, lora_ups, biases, activations, gates, residuals
+    )
 
 
 def _user_branches(
@@ -302,13 +367,16 @@ def _linear(
 
 _library.impl("sparsify", _sparsify_reference, "CompositeExplicitAutograd")
 _library.impl("sparse_linear", _sparse_linear_reference, "CompositeExplicitAutograd")
+_library.impl("sparse_linears", _sparse_linears, "CompositeExplicitAutograd")
 _library.impl("linears", _linears, "CompositeExplicitAutograd")
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::linears", _linears_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::sparsify", _sparsify_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::sparse_linear", _sparse_linear_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::sparse_linears", _sparse_linears_fake, lib=_library)
 
 sparsify = torch.ops.rt_lynx.sparsify.default
 sparse_linear = torch.ops.rt_lynx.sparse_linear.default
+sparse_linears = torch.ops.rt_lynx.sparse_linears.default
 linears = torch.ops.rt_lynx.linears.default
 linear = torch.ops.rt_lynx.linear.default

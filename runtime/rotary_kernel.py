@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,35 @@ from .launch import Kernel, multiprocessors
 from .rotary import CHANNELS
 
 SOURCE = "rotary.cu"
-WARPS = 8  # of a block
 ALIGNMENT = 16  # bytes a lane loads at once
-WARPS_OF_A_CHIP = 32  # per multiprocessor: with fewer tokens, several warps share the heads of one
+
+
+class Geometry(NamedTuple):
+    """How work is laid out.
+
+    warps: of a block. ahead: loads a lane has on their way. min_blocks: on a multiprocessor at a time, which
+    bounds registers. spread: warps a multiprocessor should get in all: with fewer tokens, several share the
+    heads of one.
+    """
+
+    warps: int = 4
+    ahead: int = 4
+    min_blocks: int = 8
+    spread: int = 32
+
+
+GEOMETRY = Geometry()
 
 
 @functools.cache
 def kernel(
-    dtype: torch.dtype, channels: int, norm: bool, weight: torch.dtype | None, pair: int, overlap: bool
+    dtype: torch.dtype,
+    channels: int,
+    norm: bool,
+    weight: torch.dtype | None,
+    pair: int,
+    overlap: bool,
+    geometry: Geometry = GEOMETRY,
 ) -> Kernel:
     """The variant for an element type, a head size, with a norm or none, the weight's type, angles a pair.
 
@@ -31,7 +53,7 @@ def kernel(
         SOURCE,
         "rotary",
         parameters="PqqqP" + "Pqqqq" * 2 + "Oqiiiif",
-        threads=32 * WARPS,
+        threads=32 * geometry.warps,
         overlap=overlap,
         defines={
             "FLOAT16": int(dtype == torch.float16),
@@ -39,6 +61,9 @@ def kernel(
             "NORM": int(norm),
             "WEIGHT": 0 if weight is None else 1 if weight == dtype else 2,
             "PAIR": pair,
+            "WARPS": geometry.warps,
+            "AHEAD": geometry.ahead,
+            "MIN_BLOCKS": geometry.min_blocks,
         },
     )
 
@@ -49,6 +74,7 @@ def prepare(
     eps: Sequence[float],
     cos: Sequence[Tensor],
     sin: Sequence[Tensor],
+    geometry: Geometry = GEOMETRY,
 ) -> Call:
     """The call that computes `rotary`.
 
@@ -66,14 +92,12 @@ def prepare(
         x = _loadable(x, copies)
         weight = None if weight is None else _loadable(weight, copies)
         pair = max(c.shape[3], s.shape[3])
-        variant = kernel(
-            dtype, channels, epsilon >= 0, None if weight is None else weight.dtype, pair, overlaps(device)
-        )
+        own = None if weight is None else weight.dtype
+        variant = kernel(dtype, channels, epsilon >= 0, own, pair, overlaps(device), geometry)
         length = x.shape[1]
-        splits = min(
-            -(-heads * channels // 256), -(-WARPS_OF_A_CHIP * multiprocessors(device) // max(length, 1))
-        )
-        each = -(-heads // splits)
+        most = -(-heads * channels // (256 * geometry.ahead))  # each warp has a full set of loads
+        wanted = -(-geometry.spread * multiprocessors(device) // max(samples * length, 1))
+        each = -(-heads // max(min(most, wanted), 1))
         packed = variant.pack(
             x.data_ptr(),
             *x.stride()[:3],
@@ -89,7 +113,7 @@ def prepare(
             max(epsilon, 0.0),
         )
         if samples and length:
-            grid = -(-samples * length // WARPS), -(-heads // each), 1
+            grid = -(-samples * length // geometry.warps), -(-heads // each), 1
             launches.append(Launch(variant, grid, packed, _from(at * heads * channels * dtype.itemsize)))
         at += length
     return Call(device, [((samples, tokens, heads, channels), dtype)], launches, copies)

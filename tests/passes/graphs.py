@@ -14,6 +14,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lynx_compile import passes
 from lynx_compile.passes.graph import kind
+from lynx_compile.passes.site import META
 
 
 class Tracer(fx.Tracer):
@@ -21,6 +22,12 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return False
+
+
+def names_of(gm: fx.GraphModule) -> list[str]:
+    """The layers of each call, in order, "a b" where two run together."""
+    notes = [node.meta.get(META) for node in gm.graph.nodes if "sparse_linear" in str(node.target)]
+    return [" ".join(n.name for n in (note if isinstance(note, list) else [note])) for note in notes]
 
 
 def traced(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:

@@ -80,3 +80,47 @@ def test_not_moved_over_a_write_to_the_weight():
     gm = sparsified(module.double().requires_grad_(False), *[x.double() for x in gm_inputs])
     assert fold_epilogues(gm.graph) == 0
     assert {op: ops_of(gm)[op] for op in unchanged} == unchanged
+
+
+LEFT = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(3))
+TOP = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("forward", "other"),
+    [
+        (lambda m, x, o: torch.cat([o, m.a(x)], -1), LEFT),
+        (lambda m, x, o: torch.cat([o.flatten(0, 1), m.a(x.flatten(0, 1))], 1), LEFT),
+        (lambda m, x, o: torch.cat([o, m.a(x)], 1), TOP),
+        (lambda m, x, o: torch.cat([o, m.a(x)], dim=-2) * 2, TOP),
+    ],
+)
+def test_concatenation(forward, other):
+    check_fusion(
+        function(forward, a=nn.Linear(64, 64)),
+        [torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)), other],
+        fold_epilogues,
+        {"sparse_linear": 1, "cat": 1},
+        {"sparse_linear": 1, "cat": 0},
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "other"),
+    [
+        (lambda m, x, o: torch.cat([m.a(x), o], -1), LEFT),  # the layer's part comes first
+        (lambda m, x, o: torch.cat([o[..., :20], m.a(x)], -1), LEFT),  # no whole number of stores
+        (lambda m, x, o: torch.cat([o, m.a(x), o], 1), TOP),
+        (lambda m, x, o: (lambda y: torch.cat([o, y], 1).sum() + y)(m.a(x)), TOP),  # read elsewhere too
+        (lambda m, x, o: torch.cat([o[:, None], m.a(x)[:, None]], 2), TOP),
+    ],
+)
+def test_concatenations_left_alone(forward, other):
+    check_fusion(
+        function(forward, a=nn.Linear(64, 64)),
+        [torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)), other],
+        fold_epilogues,
+        {"sparse_linear": 1},
+        {"sparse_linear": 1, "cat": 1},
+        0,
+    )

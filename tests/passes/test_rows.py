@@ -88,6 +88,9 @@ def test_what_makes_the_input_folds_all_the_same(producer, name):
     gm.recompile()
     counts = ops_of(gm)
     assert (counts[f"sparsify:{name}"], counts["linear"], counts["sparse_linear"]) == (1, 2, 2)
+    assert [
+        node.kwargs.get("top") is not None for node in gm.graph.nodes if "sparse_linear" in str(node.target)
+    ] == [True] * 2
     torch.testing.assert_close(gm(X, c), before)
     torch.testing.assert_close(before[:, :3], want)
     dense = torch.cat([layer(producer(None, X, c)) for layer in (q, k)], 2)

@@ -41,11 +41,14 @@ def fired(name: str) -> set[str]:
             if node.target is ops.sparsify:
                 readers = {layer for part in node.users for layer in part.users}
                 found.add(node.args[0])
-                found.update({"shared"} if sum(r.target is ops.sparse_linear for r in readers) > 1 else ())
+                together = sum(len(r.args[3]) for r in readers if r.target is ops.sparse_linears)
+                alone = sum(r.target is ops.sparse_linear for r in readers)
+                found.update({"shared"} if together + alone > 1 else ())
             elif node.target is rotary:
                 found.add("rotary")
             elif node.target is ops.sparse_linear:
-                found.update(key for key in ("gate", "residual") if node.kwargs.get(key) is not None)
+                places = ("gate", "residual", "left", "top")
+                found.update(key for key in places if node.kwargs.get(key) is not None)
                 found.update({"activation"} if node.kwargs.get("activation", "none") != "none" else ())
         gm.graph = dense
         return gm.forward

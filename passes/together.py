@@ -1,0 +1,82 @@
+"""Layers of one X in one call, which the GPU works off as one product.
+
+    q = sparse_linear(*s, W, bias=b)                   q, k, v = sparse_linears(*s[:3], [t, t, t], [W, V, U],
+    k = sparse_linear(*s, V, bias=c)            →                               biases=[b, c, d], …)
+    v = sparse_linear(*s, U, bias=d)
+
+As good as one wide weight, without a second copy of it: no part of the chip waits at the end of each layer.
+A layer that needs something else first (a gate, a residual, what stands beside it) runs where it did. Runs
+last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..runtime import ops
+from .graph import CASTS, getitem, insert, kind, order, replace
+from .mutation import Mutations, is_fresh, remove_dead
+from .site import META, Site, sites_of
+
+_OF_A_LAYER = ("lora_up", "bias")  # what the layers of a group may have
+_SPARSE = (ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears)
+
+
+def run_together(graph: fx.Graph) -> int:
+    """Run the pass; returns the number of layers that run with others."""
+    mutations = Mutations(graph)
+    count = 0
+    for sparsify in [node for node in graph.nodes if node.target is ops.sparsify]:
+        position = order(graph)
+        layers = sorted(sites_of(sparsify), key=lambda site: position[site.y])
+        plain = [site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, "activation"}]
+        group = plain[:1] + [site for site in plain[1:] if _moves(site, plain[0].y, position, mutations)]
+        if len(group) > 1:
+            _rewrite(group, mutations)
+            count += len(group)
+    if count:
+        remove_dead(graph)
+    return count
+
+
+def _moves(site: Site, before: fx.Node, position: dict[fx.Node, int], mutations: Mutations) -> bool:
+    """Whether all that a layer reads is, or can be made, ready `before` another."""
+    reads = site.y.all_input_nodes
+    if any(mutations.between(read, before, site.y) for read in reads):
+        return False
+    return all(hoist(read, before, position) for read in reads)
+
+
+def _rewrite(group: list[Site], mutations: Mutations) -> None:
+    first = group[0].y
+    lists = {name: [site.y.kwargs.get(name) for site in group] for name in _OF_A_LAYER}
+    activations = [site.y.kwargs.get("activation", "none") for site in group]
+    none = [None] * len(group)
+    ts, weights = ([site.y.args[i] for site in group] for i in (3, 4))
+    outputs = insert(
+        first,
+        ops.sparse_linears,
+        (*first.args[:3], ts, weights, lists["lora_up"], lists["bias"], activations, none, none),
+        first,
+    )
+    outputs.meta[META] = [site.note for site in group]
+    outputs_of = [getitem(outputs, index, first) for index in range(len(group))]
+    for site, output in zip(group, outputs_of, strict=True):
+        mutations.stand_in(output, site.y)
+        replace(site.y, output)
+
+
+def hoist(node: Any, before: fx.Node, position: dict[fx.Node, int]) -> bool:
+    """Move what computes an operand (padding, stacking and scaling of factors) in front of `before`."""
+    if node not in position or position[node] < position[before]:
+        return True
+    pure = is_fresh(node) or kind(node) in CASTS or kind(node) == "narrow"
+    if not pure or node.target in _SPARSE:
+        return False
+    if not all(hoist(source, before, position) for source in node.all_input_nodes):
+        return False
+    before.prepend(node)
+    position[node] = position[before] - 1
+    return True

@@ -1,0 +1,64 @@
+"""`sparse_linear` into a part of a larger matrix: beside `left`, or below each sample's rows of `top`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import layout
+from .calls import Call, Launch
+from .operands import ALIGNMENT
+
+
+def prepare(
+    prepare_gemm: Callable[..., Call], layer: Sequence[Any], left: Tensor | None, top: Tensor | None
+) -> Call | None:
+    """The call that writes y to its place in the whole; `fill` adds the rest. None where no kernel can.
+
+    layer: checked arguments of `prepare_gemm`.
+    """
+    values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual = layer
+    (m, _), n, k = values.shape, weight.shape[0], weight.shape[1]
+    device, dtype = values.get_device(), values.dtype
+    if left is not None:
+        width = left.shape[-1]
+        if width * dtype.itemsize % ALIGNMENT:
+            return None
+        call = prepare_gemm(*layer, y_stride=width + n)
+        return Call(device, [((m, width + n), dtype)], _moved(call, width * dtype.itemsize), call.copies)
+    assert top is not None
+    samples, above, _ = top.shape
+    rows = m // samples
+    if gate is not None or residual is not None or (samples > 1 and rows % layout.BLOCK_ROWS):
+        return None
+    whole = [((samples * (above + rows), n), dtype)]
+    blocks = metadata.view(-1, k // layout.BLOCK_COLUMNS, layout.WORDS).split(-(-rows // layout.BLOCK_ROWS))
+    biases = [bias] * samples if bias is None or bias.numel() == n else bias.reshape(samples, n).unbind(0)
+    parts = zip(values.split(rows), blocks, scale.split(rows), t.split(rows), biases, strict=True)
+    launches: list[Launch] = []
+    for sample, (*compressed, part_t, part_bias) in enumerate(parts):
+        call = prepare_gemm(*compressed, part_t, weight, lora_up, part_bias, activation, None, None)
+        offset = (sample * (above + rows) + above) * n * dtype.itemsize
+        launches += _moved(call, offset)
+    return Call(device, whole, launches)
+
+
+def fill(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
+    """y with `left` or `top` in its place; y itself without either."""
+    if left is not None:
+        width = left.shape[-1]
+        y[:, :width].copy_(left.reshape(-1, width))
+    elif top is not None:
+        y.unflatten(0, (top.shape[0], -1))[:, : top.shape[1]].copy_(top)
+    return y
+
+
+def _moved(call: Call, offset: int) -> list[Launch]:
+    """The call's launches with their one output `offset` bytes into another."""
+    return [launch._replace(outputs=_after(launch.outputs, offset)) for launch in call.launches]
+
+
+def _after(encode: Callable[..., bytes], offset: int) -> Callable[..., bytes]:
+    return lambda address: encode(address + offset)

@@ -1,0 +1,72 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lynx_compile import attach
+from lynx_compile.passes.epilogue import fold_epilogues
+from lynx_compile.passes.together import run_together
+
+from .graphs import check_fusion, function, names_of, sparsified
+
+X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+G = torch.Generator().manual_seed(1)
+
+
+def layer(n=64, rank=0, down=None):
+    module = nn.Linear(64, n, dtype=torch.float64).requires_grad_(False)
+    if rank:
+        down = torch.randn(rank, 64, generator=G) if down is None else down
+        attach(module, down=down, up=torch.randn(n, rank, generator=G), decision="sparse")
+    return module
+
+
+def test_layers_of_one_input():
+    gm = check_fusion(
+        function(lambda m, x: (m.q(x), m.k(x), F.gelu(m.v(x))), q=layer(), k=layer(32), v=layer(128)),
+        [X],
+        run_together,
+        {"sparsify:identity": 1, "sparse_linear": 3},
+        {"sparsify:identity": 1, "sparse_linear": 0, "sparse_linears": 1},
+        3,
+    )
+    assert names_of(gm) == ["q k v"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_branches(shared):
+    down = torch.randn(16, 64, generator=G)
+    q, k = layer(32, 16, down), layer(64, 16 if shared else 5, down if shared else None)
+    check_fusion(
+        function(lambda m, x: (m.q(x), m.k(x), m.v(x)), q=q, k=k, v=layer()),
+        [X],
+        run_together,
+        {"sparse_linear": 3},
+        {"sparse_linear": 0, "sparse_linears": 1},
+        3,
+    )
+
+
+def test_a_layer_that_waits_for_another_runs_where_it_did():
+    def forward(m, x):
+        return x + m.down(torch.tanh(m.q(x))) + m.k(x) * m.v(x)
+
+    layers = {name: layer() for name in ("q", "k", "v", "down")}
+    gm = sparsified(function(forward, **layers).double(), X.double())
+    want = gm(X.double())
+    fold_epilogues(gm.graph)
+    run_together(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert names_of(gm) == ["q k v", "down"]
+    torch.testing.assert_close(gm(X.double()), want)
+
+
+def test_layers_on_both_sides_of_a_write_are_left():
+    def forward(m, x):
+        q = m.q(x)
+        m.k.weight.add_(1)
+        return q, m.k(x)
+
+    module = function(forward, q=layer(), k=layer()).double().eval().requires_grad_(False)
+    assert run_together(sparsified(module, X.double()).graph) == 0

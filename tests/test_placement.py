@@ -1,0 +1,135 @@
+"""Where a layer's part of a larger matrix is written, with a GEMM in PyTorch that writes to addresses."""
+
+import ctypes
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lynx_compile.runtime import gemm_mma, kernels, ops, placement, semantics
+from lynx_compile.runtime.calls import Call, Launch, pointers
+
+K = 128
+
+
+class Gemm:
+    """Stands for a kernel: computes y and writes its rows `stride` elements apart."""
+
+    def __init__(self, arguments, stride):
+        self.arguments, self.stride = arguments, stride
+
+    def launch(self, device, grid, packed, outputs):
+        values, metadata, scale, t, weight, up, bias, activation, gate, residual = self.arguments
+        y = ops._sparse_linear_reference(
+            values, metadata, scale, t, weight, up, bias, activation, gate, residual
+        )
+        (address,) = struct.unpack("=Q", outputs)
+        step = (self.stride or y.shape[1]) * y.element_size()
+        for i, row in enumerate(y):
+            ctypes.memmove(address + i * step, row.data_ptr(), row.nbytes)
+
+
+def prepare_gemm(*layer, y_stride=0):
+    m, n = layer[0].shape[0], layer[4].shape[0]
+    launch = Launch(Gemm(layer, y_stride), (1, 1, 1), b"", pointers(1))
+    return Call(-1, [((m, n), layer[0].dtype)], [launch])
+
+
+def placed(layer, left=None, top=None):
+    """The whole as the call's launches and `fill` write it; None where there is no call."""
+    call = placement.prepare(prepare_gemm, layer, left, top)
+    if call is None:
+        return None
+    ((shape, _, dtype),) = call.outputs
+    y = torch.full(shape, torch.nan, dtype=dtype)
+    for launch in call.launches:
+        launch.kernel.launch(0, launch.grid, launch.packed, launch.outputs(y.data_ptr()))
+    return placement.fill(y, left, top)
+
+
+def layer(m, n, rank=16, samples=1, **tail):
+    generator = torch.Generator().manual_seed(m * n)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+    s = ops.sparsify("identity", [normal(m, K)], lora_down=normal(2 * rank, K) if rank else None)
+    t = s[3][:, :rank]
+    up = normal(n, rank) if rank else None
+    bias = normal(samples, n) if samples > 1 else normal(n)
+    gate, residual = (normal(1, n), normal(m, n)) if tail else (None, None)
+    return *s[:3], t, normal(n, K), up, bias, "gelu", gate, residual
+
+
+def expected(layer, left=None, top=None):
+    return ops._sparse_linear_reference(*layer, left=left, top=top)
+
+
+@pytest.mark.parametrize("m", [1, 64, 77])
+@pytest.mark.parametrize("width", [8, 200])
+@pytest.mark.parametrize("tail", [{}, {"gate": True}])
+def test_beside(m, width, tail):
+    arguments, left = layer(m, 48, **tail), torch.randn(1, m, width)
+    assert torch.equal(placed(arguments, left=left), expected(arguments, left=left))
+
+
+def test_a_width_that_no_store_fits_has_no_call():
+    assert placed(layer(64, 48), left=torch.randn(64, 6)) is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows", "above"), [(1, 77, 5), (1, 64, 0), (2, 64, 3), (3, 128, 64), (2, 64, 0)]
+)
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("own_bias", [False, True])
+def test_below(samples, rows, above, rank, own_bias):
+    arguments = layer(samples * rows, 48, rank, samples if own_bias else 1)
+    top = torch.randn(samples, above, 48)
+    torch.testing.assert_close(placed(arguments, top=top), expected(arguments, top=top))
+
+
+@pytest.mark.parametrize("arguments", [layer(2 * 70, 48), layer(128, 48, gate=True)])
+def test_what_cannot_be_below_has_no_call(arguments):
+    """Samples that end inside a block of metadata; a gate or a residual, whose rows would have to move."""
+    assert placed(arguments, top=torch.randn(2, 4, 48)) is None
+
+
+def test_the_reference_is_a_concatenation():
+    arguments = layer(128, 48)
+    y = semantics.sparse_linear(
+        ops.layout.unpack(*arguments[:2]), *arguments[2:5], lora_up=arguments[5], bias=arguments[6],
+        activation="gelu",
+    )  # fmt: skip
+    left, top = torch.randn(2, 64, 24), torch.randn(2, 3, 48)
+    assert torch.equal(expected(arguments, left=left), torch.cat([left.reshape(128, 24), y], 1))
+    whole = torch.cat([top, y.reshape(2, 64, 48)], 1)
+    assert torch.equal(expected(arguments, top=top), whole.reshape(-1, 48))
+
+
+def test_layers_together_are_checked_once_and_remembered(monkeypatch):
+    made = []
+
+    def prepare_all(values, metadata, scale, layers):
+        made.append(layers)
+        run = lambda: [  # noqa: E731
+            ops._sparse_linear_reference(values, metadata, scale, *layer) for layer in layers
+        ]
+        return SimpleNamespace(run=run, copies=())
+
+    monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: prepare_gemm)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: False)
+    monkeypatch.setattr(gemm_mma, "prepare_all", prepare_all)
+    *compressed, t, weight, up, bias, activation, _, _ = layer(64, 48)
+    compressed[2] = compressed[2].float()
+    _, _, _, other_t, other_weight, *_ = layer(64, 96, 0)
+    lists = [t, other_t], [weight, other_weight], [up, None], [bias, None], [activation, "none"]
+    none = [None, None]
+    for _ in range(2):
+        got = kernels._sparse_linears(*compressed, *lists, none, none)
+        want = ops._sparse_linears(*compressed, *lists, none, none)
+        for y, expected_y in zip(got, want, strict=True):
+            assert torch.equal(y, expected_y)
+    assert [len(layers) for layers in made] == [2]  # the second call was one that came before
+    with pytest.raises(ValueError, match="weight"):
+        kernels._sparse_linears(*compressed, [t], [weight[:, :64]], [up], [bias], ["none"], [None], [None])
