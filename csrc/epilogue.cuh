@@ -29,40 +29,69 @@ __device__ __forceinline__ void transpose_in_quad(u32 (&x)[4], int lane) {
 }
 
 // What the epilogue takes per column, one row a sample: bias and gate. Where all rows of a warpgroup belong to one
-// sample they are staged in shared memory as fp32 (`staged`, of the tile's first column: the bias, then, `width`
-// floats on, the gate). Otherwise `staged` is null and each lane reads those of its own two rows.
-struct Columns {
-    const float* staged;
-    const unsigned short *bias, *gate;  // (samples, N) or null
-    int bias_rows, gate_rows;           // rows of a sample
+// sample they are staged in shared memory as fp32: the bias, then the gate, `kWidth` floats each. Otherwise each
+// lane reads those of its own two rows from global memory.
+template <class Element, int kWidth, bool kTail>
+struct Vectors {
+    static constexpr int kOwn = (kWidth + 127) / 128;  // of each vector, held by one thread of the warpgroup
+    const unsigned short *bias, *gate;                 // (samples, N) or null
+    int bias_rows, gate_rows;                          // rows of a sample
+    int n;
+    bool together;  // all rows in one sample
+    u32 own_bias[kOwn], own_gate[kOwn];  // as loaded: nothing may wait for them before `stage`
+
+    // Starts the loads of columns `column` … for rows `top` … `bottom`. They stay in registers until `stage`.
+    __device__ __forceinline__ void load(int top, int bottom, int column, int thread) {
+        const int bias_sample = top / bias_rows, gate_sample = kTail ? top / gate_rows : 0;
+        together = !kTail || (bottom / bias_rows == bias_sample && bottom / gate_rows == gate_sample);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+            const int at = column + thread + 128 * i;
+            const bool inside = at < n && thread + 128 * i < kWidth;
+            own_bias[i] = 0, own_gate[i] = Element::pack(1.0f, 0.0f);
+            if (bias != nullptr && inside) own_bias[i] = bias[u64(bias_sample) * n + at];
+            if (kTail && gate != nullptr && inside) own_gate[i] = gate[u64(gate_sample) * n + at];
+        }
+    }
+
+    __device__ __forceinline__ void stage(float* to, int thread) const {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+            if (thread + 128 * i < kWidth) {
+                to[thread + 128 * i] = Element::low(own_bias[i]);
+                if (kTail) to[kWidth + thread + 128 * i] = Element::low(own_gate[i]);
+            }
+    }
 };
 
-// The 16 rows of a warp in a 64-row block, from one column on. A wgmma accumulator tile gives each lane, for each
-// 8 columns, two neighbours in row lane / 4 and two in row lane / 4 + 8: `half` 0 and 1 below.
+// The 16 rows of a warp in a 64-row block. A wgmma accumulator tile gives each lane, for each 8 columns, two
+// neighbours in row lane / 4 and two in row lane / 4 + 8: `half` 0 and 1 below.
 // kTail: a gate, a residual or samples that meet inside a warpgroup; which of them is told at run time.
 template <class Element, int kActivation, bool kTail, int kWidth>
 struct Rows {
-    const Columns& vectors;
-    unsigned short* y;             // row lane / 4, first column this lane stores
-    u32 bias_at[2], gate_at[2];    // offsets of the first column this lane computes; only where nothing is staged
-    int valid;                     // rows from row lane / 4 to the end of the matrix
-    int columns;                   // columns to the end of the matrix
-    int n, lane;
+    const Vectors<Element, kWidth, kTail>& vectors;
+    const float* staged;  // where the vectors are, from the first column this lane computes
+    unsigned short* y;    // first row and column this lane stores
+    int stride;           // elements from row to row of y
+    u32 bias_at[2], gate_at[2];  // where this lane's two rows find their first elements, if nothing is staged
+    int valid, columns;   // rows and columns from this lane's first ones on that are in the matrix
+    int lane;
 
-    __device__ __forceinline__ Rows(unsigned short* to, const Columns& vectors, int m, int n, int row, int column,
-                                    int lane)
-        : vectors(vectors), valid(m - row - lane / 4), columns(n - column), n(n), lane(lane) {
-        const int at = row + lane / 4, quad = lane % 4;
-        y = to + (u64(at) * n + column + 8 * quad);
-        if (kTail && vectors.staged == nullptr)
+    __device__ __forceinline__ Rows(unsigned short* y, int stride, const Vectors<Element, kWidth, kTail>& vectors,
+                                    const float* staged, int m, int first_row, int column, int lane)
+        : vectors(vectors), staged(staged + 2 * (lane % 4)), stride(stride), valid(m - first_row - lane / 4),
+          columns(vectors.n - column - 8 * (lane % 4)), lane(lane) {
+        const int row = first_row + lane / 4;
+        this->y = y + (u64(row) * stride + column + 8 * (lane % 4));
+        if (kTail && !vectors.together)
             for (int half = 0; half < 2; ++half) {
-                const int own = min(at + 8 * half, m - 1);
-                bias_at[half] = own / vectors.bias_rows * n + column + 2 * quad;
-                gate_at[half] = own / vectors.gate_rows * n + column + 2 * quad;
+                const int own = min(row + 8 * half, m - 1), at = column + 2 * (lane % 4);
+                bias_at[half] = own / vectors.bias_rows * vectors.n + at;
+                gate_at[half] = own / vectors.gate_rows * vectors.n + at;
             }
     }
 
-    // Two neighbouring elements of a vector in global memory; `absent` where there is none.
+    // Two elements of a vector in global memory; `absent` where there are none.
     __device__ __forceinline__ float2 pair(const unsigned short* vector, u32 at, bool inside, float absent) const {
         if (vector == nullptr || !inside) return {absent, absent};
         const u32 word = ptx::load_global(vector + at);
@@ -72,41 +101,31 @@ struct Rows {
     // Columns `from` … + 31, accumulators d[0 … 15]. residual: shared memory with this warp's 16 rows of 64 columns
     // in 128-byte swizzle, of which the four 16-byte chunks from `chunk` on are these columns; 0 without one.
     __device__ __forceinline__ void store(const float* d, int from, u32 residual, int chunk) const {
-        const int quad = lane % 4;
-        u32 out[2][4], added[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int column = from + 8 * j;
-            float2 bias[2], gate[2];
-            if (!kTail || vectors.staged != nullptr) {
-                const float* staged = vectors.staged + column + 2 * quad;
-                bias[0] = bias[1] = ptx::load_shared_pair(staged);
-                if (kTail) gate[0] = gate[1] = ptx::load_shared_pair(staged + kWidth);
-            } else {
+        for (int half = 0; half < 2; ++half) {  // one after the other: registers are scarce
+            u32 out[4], added[4];
+            if (kTail && residual != 0)
+                ptx::load_matrices(added, residual + (8 * half + lane % 8) * 128 + (chunk + lane / 8 ^ lane % 8) * 16);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    bias[half] = pair(vectors.bias, bias_at[half] + column, column < columns, 0.0f);
-                    gate[half] = pair(vectors.gate, gate_at[half] + column, column < columns, 1.0f);
+            for (int j = 0; j < 4; ++j) {
+                const int at = from + 8 * j;
+                float2 bias, gate;
+                if (!kTail || vectors.together) {
+                    bias = ptx::load_shared_pair(staged + at);
+                    if (kTail) gate = ptx::load_shared_pair(staged + kWidth + at);
+                } else {
+                    const bool inside = at < columns + 8 * (lane % 4);
+                    bias = pair(vectors.bias, bias_at[half] + at, inside, 0.0f);
+                    gate = pair(vectors.gate, gate_at[half] + at, inside, 1.0f);
                 }
-            }
-            if (kTail && j % 2 == 0 && residual != 0)
-                ptx::load_matrices(added, residual + lane % 16 * 128 + (chunk + j + lane / 16 ^ lane % 8) * 16);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float v[2] = {d[4 * j + 2 * half] + bias[half].x, d[4 * j + 2 * half + 1] + bias[half].y};
+                float v[2] = {d[4 * j + 2 * half] + bias.x, d[4 * j + 2 * half + 1] + bias.y};
                 lynx::activate_all<kActivation>(v);
-                if (kTail) v[0] *= gate[half].x, v[1] *= gate[half].y;
-                if (kTail && residual != 0) {
-                    const u32 r = added[j % 2 * 2 + half];
-                    v[0] += Element::low(r), v[1] += Element::high(r);
-                }
-                out[half][j] = Element::pack(v[0], v[1]);
+                if (kTail) v[0] *= gate.x, v[1] *= gate.y;
+                if (kTail && residual != 0) v[0] += Element::low(added[j]), v[1] += Element::high(added[j]);
+                out[j] = Element::pack(v[0], v[1]);
             }
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            transpose_in_quad(out[half], lane);
-            if (valid > 8 * half && from + 8 * quad < columns) ptx::store_global(y + 8 * half * n + from, out[half]);
+            transpose_in_quad(out, lane);
+            if (valid > 8 * half && from < columns) ptx::store_global(y + 8 * half * stride + from, out);
         }
     }
 };

@@ -43,8 +43,8 @@ struct Arguments {
     const char* bias;        // (samples, N) or null
     const char* gate;        // (samples, N) or null
     const char* residual;    // (M, N) or null
-    char* y;                 // (M, N)
-    int m, n, k, rank, t_stride;
+    char* y;                 // (M, N), rows y_stride elements apart
+    int m, n, k, rank, t_stride, y_stride;
     int bias_rows, gate_rows;  // rows of a sample
 };
 
@@ -169,7 +169,6 @@ __device__ __forceinline__ void add_lora(float (&sums)[4][4][4], const Arguments
 }
 
 __device__ __forceinline__ void store_pair(const Arguments& p, int row, int column, float low, float high) {
-    const long long at = 2 * (static_cast<long long>(row) * p.n + column);
     if (p.bias) {
         const long long sample = row / p.bias_rows;
         const u32 pair = *reinterpret_cast<const u32*>(p.bias + 2 * (sample * p.n + column));
@@ -182,10 +181,12 @@ __device__ __forceinline__ void store_pair(const Arguments& p, int row, int colu
         low *= Element::low(pair), high *= Element::high(pair);
     }
     if (p.residual) {
+        const long long at = 2 * (static_cast<long long>(row) * p.n + column);
         const u32 pair = *reinterpret_cast<const u32*>(p.residual + at);
         low += Element::low(pair), high += Element::high(pair);
     }
-    *reinterpret_cast<u32*>(p.y + at) = Element::pack(low, high);
+    const long long to = 2 * (static_cast<long long>(row) * p.y_stride + column);
+    *reinterpret_cast<u32*>(p.y + to) = Element::pack(low, high);
 }
 
 // Tiles in an order that walks kRasterRows tile rows before the next tile column.

@@ -5,10 +5,11 @@
 //
 //     sparse     64 columns of K: compressed values, metadata, weight     wgmma.sp, k = 32, twice
 //     LoRA       32 columns of the rank: t, B                             wgmma, k = 16, twice
-//     residual   64 columns of the output, 64 rows a warpgroup            added in the epilogue
+//     residual   128 columns of the output, 64 rows a warpgroup           added in the epilogue
 //
 // so the epilogue of a tile overlaps the loads of the next one, and the accumulators never leave registers.
-// Blocks of a cluster share the tiles they have in common by multicast.
+// Blocks of a cluster share the tiles they have in common by multicast. One launch multiplies X with the weights of
+// up to kLayers layers, each with its own N, bias, LoRA branch and y.
 //
 // Macros (runtime/gemm_sm90.py): BF16, CONSUMERS, BLOCKS, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, ACTIVATION,
 // HAS_TAIL.
@@ -38,35 +39,44 @@ constexpr int kWeightBytes = kTileN * 128;
 constexpr int kValueBytes = kTileM * 64;
 constexpr int kMetadataBytes = kTileM / 64 * kWords * 4;
 constexpr int kSlotBytes = (kWeightBytes + kValueBytes + kMetadataBytes + 1023) / 1024 * 1024;
-constexpr int kResidualBytes = 64 * 64 * 2;  // of one warpgroup
+constexpr int kLayers = 4;  // of one launch, at most
+
+constexpr int kBoxBytes = 64 * 64 * 2;  // of the residual: 64 rows, 64 columns
+constexpr int kBoxes = kTileN % 128 == 0 && kConsumers * 2 * kBoxBytes <= kWeightBytes + kValueBytes ? 2 : 1;  // a step
 constexpr int kVectors = HAS_TAIL ? 2 : 1;    // staged per column: the bias, and the gate
 constexpr int kVectorBytes = 2 * kConsumers * kVectors * kTileN * 4;
 constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages * 8;
 
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 56;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 152;
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
-static_assert(kConsumers * kResidualBytes <= kWeightBytes + kValueBytes, "a residual step must fit into a slot");
+// What a block gets at its launch; who asks for more waits for ever.
+constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kConsumers + 1);
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= kRegisters, "too many registers asked for");
+static_assert(kConsumers * kBoxBytes <= kWeightBytes + kValueBytes, "a residual step must fit into a slot");
 static_assert(kSharedBytes <= 227 * 1024, "the ring must fit into shared memory: fewer stages or a smaller tile");
 static_assert(kTileM % (64 * kClusterN) == 0 && kTileN % (8 * kClusterM) == 0, "each block loads whole swizzle atoms");
-static_assert(!HAS_TAIL || kTileN % 64 == 0, "a residual step is 64 columns wide");
+static_assert(!HAS_TAIL || kTileN % 64 == 0, "a box of the residual is 64 columns wide");
 static_assert(kTileM <= 256 && kTileN <= 256, "a box of the copy engine has at most 256 rows");
 
 struct Params {
-    ptx::TensorMap values;    // (M, K/2), box 32 × kTileM / kClusterN, swizzle 64 B
-    ptx::TensorMap weight;    // (N, K), box 64 × kTileN / kClusterM, swizzle 128 B
-    ptx::TensorMap t;         // (M, R), box 32 × kTileM / kClusterN, swizzle 64 B
-    ptx::TensorMap lora_up;   // (N, R), box 32 × kTileN / kClusterM, swizzle 64 B
-    ptx::TensorMap residual;  // (M, N), box 64 × 64, swizzle 128 B
-    const u32* metadata;      // (⌈M/64⌉, K/64, 128)
-    const float* scale;       // (M)
-    const unsigned short* bias;  // (samples, N) or null
-    const unsigned short* gate;  // (samples, N) or null
-    unsigned short* y;           // (M, N)
-    int m, n, k_steps, lora_steps;
-    int bias_rows, gate_rows;  // M / samples; without HAS_TAIL all rows of a tile are in one sample
-    int raster;           // cluster rows that are walked together before the next columns
+    ptx::TensorMap values;            // (M, K/2), box 32 × kTileM / kClusterN, swizzle 64 B
+    ptx::TensorMap residual;          // (M, N), box 64 × 64, swizzle 128 B; only for a single layer
+    ptx::TensorMap weight[kLayers];   // (N, K), box 64 × kTileN / kClusterM, swizzle 128 B
+    ptx::TensorMap t[kLayers];        // (M, R), box 32 × kTileM / kClusterN, swizzle 64 B
+    ptx::TensorMap lora_up[kLayers];  // (N, R), box 32 × kTileN / kClusterM, swizzle 64 B
+    const u32* metadata;              // (⌈M/64⌉, K/64, 128)
+    const float* scale;               // (M)
+    const unsigned short* gate;       // (samples, N) or null; only for a single layer
+    const unsigned short* bias[kLayers];  // (samples, N) or null
+    unsigned short* y[kLayers];           // (M, N), rows y_stride elements apart
+    int n[kLayers], y_stride[kLayers], lora_steps[kLayers];
+    int bias_rows[kLayers];           // M / samples; without HAS_TAIL all rows of a warpgroup are in one sample
+    int first[kLayers];               // column of clusters where the layer begins; of absent ones past the last
+    int columns;                      // of clusters, of all layers
+    int m, k_steps, gate_rows;
+    int raster;                       // cluster rows that are walked together before the next columns
     int has_residual;
 };
 
@@ -76,17 +86,20 @@ struct Params {
 // share few rows of X and few of W. It keeps one number and recomputes the rest: registers are scarce.
 struct Schedule {
     int next = blockIdx.x / kCluster;
+    int layer, row, column;  // of this block's tile: its layer, its first row and column
 
-    // The first row and column of this block's next tile; false when there is none.
-    __device__ __forceinline__ bool advance(const Params& p, int rank, int& row, int& column) {
+    // On to the next tile; false when there is none.
+    __device__ __forceinline__ bool advance(const Params& p, int rank) {
         const int rows = (p.m + kTileM * kClusterM - 1) / (kTileM * kClusterM);
-        const int columns = (p.n + kTileN * kClusterN - 1) / (kTileN * kClusterN);
-        if (next >= rows * columns) return false;
-        const int group = next / (p.raster * columns), rest = next - group * p.raster * columns;
+        if (next >= rows * p.columns) return false;
+        const int group = next / (p.raster * p.columns), rest = next - group * p.raster * p.columns;
         const int height = min(p.raster, rows - group * p.raster);
         const int cluster_column = rest / height, cluster_row = group * p.raster + rest - cluster_column * height;
+        layer = 0;
+#pragma unroll
+        for (int i = 1; i < kLayers; ++i) layer += cluster_column >= p.first[i];
         row = (cluster_row * kClusterM + rank % kClusterM) * kTileM;
-        column = (cluster_column * kClusterN + rank / kClusterM) * kTileN;
+        column = ((cluster_column - p.first[layer]) * kClusterN + rank / kClusterM) * kTileN;
         next += gridDim.x / kCluster;
         return true;
     }
@@ -124,18 +137,20 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
     constexpr int kPartM = kTileM / kClusterN, kPartN = kTileN / kClusterM, kPartBlocks = kPartM / 64;
     const int part_m = rank / kClusterM, part_n = rank % kClusterM;
     const unsigned short along_n = row_mates(rank), along_m = column_mates(rank);
-    Schedule schedule;
-    int row, column;
-    while (schedule.advance(p, rank, row, column)) {
-        row += part_m * kPartM, column += part_n * kPartN;
+    Schedule tile;
+    for (bool back = false; tile.advance(p, rank); back = !back) {
+        const int row = tile.row + part_m * kPartM, column = tile.column + part_n * kPartN;
+        const ptx::TensorMap *w = &p.weight[tile.layer], *b = &p.lora_up[tile.layer], *x_down = &p.t[tile.layer];
         // Rows past M are zeros; they take the metadata of the last block so that it is always valid.
         const int block = min(row / 64 + lane - 2, (p.m - 1) / 64);
-        for (int k = 0; k < p.k_steps; ++k, ring.advance()) {
+        // Every second tile walks K backwards: it begins with what the tile before has just read.
+        for (int i = 0; i < p.k_steps; ++i, ring.advance()) {
+            const int k = back ? p.k_steps - 1 - i : i;
             ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
             const u32 full = ring.full_barrier(), weight = ring.slot(), values = weight + kWeightBytes;
             if (lane == 0) {
                 ptx::barrier_expect(full, kWeightBytes + kValueBytes + kMetadataBytes);
-                ptx::load_box<(kClusterM > 1)>(weight + part_n * kPartN * 128, &p.weight, full, k * kStepK, column,
+                ptx::load_box<(kClusterM > 1)>(weight + part_n * kPartN * 128, w, full, k * kStepK, column,
                                                along_m);
             } else if (lane == 1) {
                 ptx::load_box<(kClusterN > 1)>(values + part_m * kPartM * 64, &p.values, full, k * kStepK / 2, row,
@@ -146,28 +161,29 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
                                                  full, along_n);
             }
         }
-        for (int r = 0; r < p.lora_steps; ++r, ring.advance()) {
+        for (int r = 0; r < p.lora_steps[tile.layer]; ++r, ring.advance()) {
             ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
             const u32 full = ring.full_barrier(), up = ring.slot(), t = up + kWeightBytes;
             if (lane == 0) {
                 ptx::barrier_expect(full, (kTileM + kTileN) * kLoraStep * 2);
-                ptx::load_box<(kClusterM > 1)>(up + part_n * kPartN * kLoraStep * 2, &p.lora_up, full, r * kLoraStep,
+                ptx::load_box<(kClusterM > 1)>(up + part_n * kPartN * kLoraStep * 2, b, full, r * kLoraStep,
                                                column, along_m);
             } else if (lane == 1) {
-                ptx::load_box<(kClusterN > 1)>(t + part_m * kPartM * kLoraStep * 2, &p.t, full, r * kLoraStep, row,
+                ptx::load_box<(kClusterN > 1)>(t + part_m * kPartM * kLoraStep * 2, x_down, full, r * kLoraStep, row,
                                                along_n);
             }
         }
         if (HAS_TAIL && p.has_residual) {
-            row -= part_m * kPartM, column -= part_n * kPartN;
-            for (int b = 0; b < kBlocks; ++b)
-                for (int c = 0; c < kTileN; c += 64, ring.advance()) {
+            const int warpgroup = lane / kBoxes, box = lane % kBoxes;
+            for (int block = 0; block < kBlocks; ++block)
+                for (int c = 0; c < kTileN; c += 64 * kBoxes, ring.advance()) {
                     ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
                     const u32 full = ring.full_barrier();
-                    if (lane == 0) ptx::barrier_expect(full, kConsumers * kResidualBytes);
-                    if (lane < kConsumers)
-                        ptx::load_box<false>(ring.slot() + lane * kResidualBytes, &p.residual, full, column + c,
-                                             row + (lane * kBlocks + b) * 64, 0);
+                    if (lane == 0) ptx::barrier_expect(full, kConsumers * kBoxes * kBoxBytes);
+                    if (warpgroup < kConsumers)
+                        ptx::load_box<false>(ring.slot() + lane * kBoxBytes, &p.residual, full,
+                                             tile.column + c + 64 * box,
+                                             tile.row + (warpgroup * kBlocks + block) * 64, 0);
                 }
         }
     }
@@ -178,6 +194,7 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
 
 using Tile = wgmma::Tile<kTileN>;
 using Element = lynx::ElementOf<!kBf16>::Type;
+using Vectors = epilogue::Vectors<Element, kTileN, HAS_TAIL>;
 using Rows = epilogue::Rows<Element, ACTIVATION, HAS_TAIL, kTileN>;
 
 template <int kSelector>
@@ -263,38 +280,21 @@ struct Consumer {
         ring.advance();
     }
 
-    // Copies what the epilogue needs per column to shared memory, unless samples meet in the rows of the warpgroup.
-    __device__ __forceinline__ epilogue::Columns stage_vectors(float* to, int first_row, int column) const {
-        const int top = min(first_row, p.m - 1), bottom = min(first_row + kBlocks * 64, p.m) - 1;
-        const int bias_sample = top / p.bias_rows, gate_sample = HAS_TAIL ? top / p.gate_rows : 0;
-        epilogue::Columns vectors{to, p.bias, p.gate, p.bias_rows, p.gate_rows};
-        if (HAS_TAIL && (bottom / p.bias_rows > bias_sample || bottom / p.gate_rows > gate_sample))
-            vectors.staged = nullptr;
-        else
-            for (int i = warp * 32 + lane; i < kTileN; i += 128) {
-                const bool inside = column + i < p.n;
-                const auto load = [&](const unsigned short* from, int sample) {
-                    return Element::low(from[u64(sample) * p.n + column + i]);
-                };
-                to[i] = p.bias != nullptr && inside ? load(p.bias, bias_sample) : 0.0f;
-                if (HAS_TAIL) to[kTileN + i] = p.gate != nullptr && inside ? load(p.gate, gate_sample) : 1.0f;
-            }
-        return vectors;
-    }
-
-    __device__ __forceinline__ void store_tile(int first_row, int column, const epilogue::Columns& vectors) {
+    __device__ __forceinline__ void store_tile(const Schedule& tile, int first_row, const Vectors& vectors,
+                                               const float* staged) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-            const Rows rows(p.y, vectors, p.m, p.n, first_row + b * 64 + warp * 16, column, lane);
+            const Rows rows(p.y[tile.layer], p.y_stride[tile.layer], vectors, staged, p.m,
+                            first_row + b * 64 + warp * 16, tile.column, lane);
 #pragma unroll
             for (int c = 0; c < kTileN; c += 32) {
                 u32 residual = 0;
                 if (HAS_TAIL && p.has_residual) {
-                    if (c % 64 == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
-                    residual = ring.slot() + group * kResidualBytes + warp * 16 * 128;
+                    if (c % (64 * kBoxes) == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
+                    residual = ring.slot() + (group * kBoxes + c / 64 % kBoxes) * kBoxBytes + warp * 16 * 128;
                 }
                 rows.store(acc[b] + c / 2, c, residual, c % 64 / 8);
-                if (HAS_TAIL && p.has_residual && c % 64 == 32) {
+                if (HAS_TAIL && p.has_residual && c % (64 * kBoxes) == 64 * kBoxes - 32) {
                     ptx::named_sync(1 + group, 128);  // all four warps have read it
                     release(ring.stage);
                     ring.advance();
@@ -304,10 +304,10 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void run(int rank, float* vector_buffers) {
-        Schedule schedule;
-        int row, column;
-        for (int parity = 0; schedule.advance(p, rank, row, column); parity ^= 1) {
-            const int first_row = row + group * kBlocks * 64;
+        const int thread = warp * 32 + lane;
+        Schedule tile;
+        for (int parity = 0; tile.advance(p, rank); parity ^= 1) {
+            const int first_row = tile.row + group * kBlocks * 64;
             float scale[kBlocks][2];
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b)
@@ -316,8 +316,8 @@ struct Consumer {
                     const int at = first_row + b * 64 + warp * 16 + lane / 4 + 8 * i;
                     scale[b][i] = at < p.m ? p.scale[at] : 0.0f;
                 }
-            float* buffer = vector_buffers + (parity * kConsumers + group) * kVectors * kTileN;
-            const epilogue::Columns vectors = stage_vectors(buffer, first_row, column);
+            Vectors vectors{p.bias[tile.layer], p.gate, p.bias_rows[tile.layer], p.gate_rows, p.n[tile.layer]};
+            vectors.load(min(first_row, p.m - 1), min(first_row + kBlocks * 64, p.m) - 1, tile.column, thread);
 
             int k = 0;
             for (; k + 2 <= p.k_steps; k += 2) {
@@ -330,12 +330,15 @@ struct Consumer {
             for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
                 for (int i = 0; i < Tile::kCount; ++i) acc[b][i] *= scale[b][i / 2 % 2];
-            if (p.lora_steps > 0) {
-                for (int r = 0; r < p.lora_steps; ++r) lora_step(r);
+            const int lora_steps = p.lora_steps[tile.layer];
+            if (lora_steps > 0) {
+                for (int r = 0; r < lora_steps; ++r) lora_step(r);
                 finish_steps();
             }
+            float* staged = vector_buffers + (parity * kConsumers + group) * kVectors * kTileN;
+            vectors.stage(staged, thread);
             ptx::named_sync(1 + group, 128);  // the vectors are staged; the buffer of the tile before is free
-            store_tile(first_row, column, vectors);
+            store_tile(tile, first_row, vectors, staged);
         }
     }
 };
@@ -365,7 +368,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
         }
         ptx::fence_barrier_init();
         ptx::prefetch_map(&p.values);
-        ptx::prefetch_map(&p.weight);
+        ptx::prefetch_map(&p.weight[0]);
     }
     if constexpr (kCluster > 1)
         ptx::cluster_sync();

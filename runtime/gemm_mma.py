@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calls import Call, Launch, pointers
-from .launch import Kernel
-from .operands import samples
+from .launch import Grid, Kernel
+from .operands import Layer, samples
 from .semantics import ACTIVATIONS
 
 TILE = 128  # rows and columns of y that one block computes
@@ -27,7 +28,7 @@ def kernel(dtype: torch.dtype, activation: str, overlap: bool) -> Kernel:
     return Kernel(
         "sparse_gemm_mma.cu",
         "sparse_gemm_mma",
-        parameters="PPPPPPPPPOiiiiiii",
+        parameters="PPPPPPPPPOiiiiiiii",
         threads=THREADS,
         smem=SMEM,
         overlap=overlap,
@@ -60,22 +61,46 @@ def prepare(
     activation: str,
     gate: Tensor | None,
     residual: Tensor | None,
+    *,
+    y_stride: int = 0,
 ) -> Call:
-    """The call that computes y (M, N) of `ops.sparse_linear`.
+    """The call that computes y (M, N) of `ops.sparse_linear`; arguments as in `prepare_all`."""
+    layer = Layer(t, weight, lora_up, bias, activation, gate, residual)
+    return prepare_all(values, metadata, scale, [layer], y_stride=y_stride)
 
-    Operands are checked; rows of t may be apart; rank % 16 == 0.
+
+def prepare_all(
+    values: Tensor, metadata: Tensor, scale: Tensor, layers: Sequence[Layer], *, y_stride: int = 0
+) -> Call:
+    """The call that computes y (M, N) of each layer of one X, one launch for each.
+
+    Operands are checked; rows of t may be apart; rank % 16 == 0. y_stride: elements from row to row of each
+    y, an even number; N by default.
     """
+    outputs = [((values.shape[0], layer.weight.shape[0]), values.dtype) for layer in layers]
+    pack, launches = pointers(1), []
+    for i, layer in enumerate(layers):
+        kernel, grid, packed = _pack(values, metadata, scale, layer, y_stride)
+        own = pack if len(layers) == 1 else lambda *addresses, i=i: pack(addresses[i])
+        launches.append(Launch(kernel, grid, packed, own))
+    return Call(values.get_device(), outputs, launches)
+
+
+def _pack(
+    values: Tensor, metadata: Tensor, scale: Tensor, layer: Layer, y_stride: int
+) -> tuple[Kernel, Grid, bytes]:
+    """Kernel, grid and parameters of one launch."""
     m, half = values.shape
-    n = weight.shape[0]
-    device = values.get_device()
-    variant = kernel(values.dtype, activation, _overlaps(device))
+    n = layer.weight.shape[0]
+    up, bias, gate, residual = layer.lora_up, layer.bias, layer.gate, layer.residual
+    variant = kernel(values.dtype, layer.activation, _overlaps(values.get_device()))
     packed = variant.pack(
         values.data_ptr(),
         metadata.data_ptr(),
         scale.data_ptr(),
-        weight.data_ptr(),
-        t.data_ptr(),
-        0 if lora_up is None else lora_up.data_ptr(),
+        layer.weight.data_ptr(),
+        layer.t.data_ptr(),
+        0 if up is None else up.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if gate is None else gate.data_ptr(),
         0 if residual is None else residual.data_ptr(),
@@ -83,13 +108,13 @@ def prepare(
         m,
         n,
         2 * half,
-        0 if lora_up is None else lora_up.shape[1],
-        0 if lora_up is None else t.stride(0),
+        0 if up is None else up.shape[1],
+        0 if up is None else layer.t.stride(0),
+        y_stride or n,
         m // samples(bias, n),
         m // samples(gate, n),
     )
-    grid = -(-m // TILE) * -(-n // TILE), 1, 1
-    return Call(device, [((m, n), values.dtype)], [Launch(variant, grid, packed, pointers(1))])
+    return variant, (-(-m // TILE) * -(-n // TILE), 1, 1), packed
 
 
 def sparse_gemm(*operands: Any, **options: Any) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import build
 from .calls import Call, Launch, pointers
-from .launch import TENSOR_MAP_BYTES, Kernel, multiprocessors, tensor_map
-from .operands import samples
+from .launch import TENSOR_MAP_BYTES, Grid, Kernel, multiprocessors, tensor_map
+from .operands import Layer, samples
 from .semantics import ACTIVATIONS
 
 SOURCE = "sparse_gemm_sm90.cu"
@@ -22,6 +22,8 @@ STEP_K = 64  # dense columns of one sparse step
 LORA_STEP = 32  # rank of one LoRA step
 MAX_STAGES = 8
 RASTER_ROWS = 4096  # rows of X that are walked together before the next columns of W
+LAYERS = 4  # of one launch, at most
+NEVER = 2**31 - 1  # a column that no tile reaches
 
 
 class Tile(NamedTuple):
@@ -72,9 +74,9 @@ class Tile(NamedTuple):
         # Room for the gate beside the bias, also where the variant has none: one ring fits both.
         return 2 * self.consumers * 2 * self.n * 4
 
-    def grid(self, m: int, n: int) -> tuple[int, int]:
-        """Cluster rows and cluster columns of an (m, n) output."""
-        return -(-m // (self.m * self.cluster_m)), -(-n // (self.n * self.cluster_n))
+    def grid(self, m: int, *widths: int) -> tuple[int, int]:
+        """Cluster rows and cluster columns of outputs with m rows, which have columns of their own."""
+        return -(-m // (self.m * self.cluster_m)), sum(-(-n // (self.n * self.cluster_n)) for n in widths)
 
 
 # Tiles with the dense-equivalent TFLOP/s that each reaches when it fills the chip (docs/kernels.md).
@@ -94,26 +96,34 @@ IDLE_EXPONENT = 0.55
 CLOCK_HEADROOM = 1.4
 
 
-def _light(tile: Tile) -> bool:
-    """Whether the tile leaves too few registers for an epilogue with a gate or a residual."""
+def _slow_with_tail(tile: Tile) -> bool:
+    """Whether a gate or a residual costs the tile more than its size is worth."""
     return tile.blocks * tile.n > 256
 
 
-def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: int) -> bool:
-    """Whether a call needs the variant with a tail: samples that meet in a warpgroup's rows need it, too."""
-    return tail or (bias_rows < m and bias_rows % (64 * tile.blocks) != 0)
+def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: Sequence[int]) -> bool:
+    """Whether a launch needs the variant with a tail: samples that meet in a warpgroup need it, too."""
+    return tail or any(rows < m and rows % (64 * tile.blocks) for rows in bias_rows)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, tail: bool, processors: int, bias_rows: int | None = None) -> Tile:
+def choose(
+    m: int,
+    n: int | tuple[int, ...],
+    k: int,
+    tail: bool,
+    processors: int,
+    bias_rows: tuple[int, ...] = (),
+) -> Tile:
     """The tile with the least predicted time: its measured rate, less what the last wave leaves empty.
 
-    tail: a gate or a residual follows. bias_rows: rows of X for each row of the bias; all by default.
+    n: the width of a layer, or of each layer of a launch. tail: a gate or a residual follows. bias_rows: rows
+    of X for each row of each layer's bias.
     """
-    rows_of_bias = bias_rows or m
+    widths = (n,) if isinstance(n, int) else n
 
     def seconds(tile: Tile) -> float:
-        rows, columns = tile.grid(m, n)
+        rows, columns = tile.grid(m, *widths)
         slots = processors // tile.cluster
         waves = -(-rows * columns // slots)
         flops = 2.0 * tile.m * tile.n * tile.cluster * rows * columns * k
@@ -121,7 +131,7 @@ def choose(m: int, n: int, k: int, tail: bool, processors: int, bias_rows: int |
         slowdown = max(idle**IDLE_EXPONENT, idle / CLOCK_HEADROOM)
         return flops / (RATES[tile] * 1e12) * slowdown + waves * TILE_OVERHEAD
 
-    tiles = (tile for tile in RATES if not (_has_tail(tile, tail, m, rows_of_bias) and _light(tile)))
+    tiles = (tile for tile in RATES if not (_slow_with_tail(tile) and _has_tail(tile, tail, m, bias_rows)))
     return min(tiles, key=seconds)
 
 
@@ -134,7 +144,13 @@ def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kerne
     return Kernel(
         SOURCE,
         "sparse_gemm",
-        parameters="TTTTTPPPPOiiiiiiii",
+        parameters="TT"
+        + 3 * LAYERS * "T"
+        + "PPP"
+        + LAYERS * "P"
+        + LAYERS * "O"
+        + 5 * LAYERS * "i"
+        + "iiiiii",
         threads=tile.threads,
         smem=tile.smem,
         cluster=tile.cluster,
@@ -157,27 +173,30 @@ def kernel_for(
     device: int,
     dtype: torch.dtype,
     m: int,
-    n: int,
+    n: int | tuple[int, ...],
     k: int,
     activation: str,
     tail: bool,
     bias_rows: int | None = None,
 ) -> Kernel:
-    """The kernel `sparse_gemm` launches for these sizes.
+    """The kernel that is launched for these sizes.
 
-    tail: a gate, a residual or both. bias_rows: rows of X for each row of the bias; all by default.
+    n: the width of a layer, or of each layer of a launch. tail: a gate, a residual or both. bias_rows: rows
+    of X for each row of the bias; all by default.
     """
-    tile = choose(m, n, k, tail, multiprocessors(device), bias_rows)
-    return kernel(tile, dtype, activation, _has_tail(tile, tail, m, bias_rows or m))
+    samples_of = (bias_rows or m,)
+    tile = choose(m, n, k, tail, multiprocessors(device), samples_of)
+    return kernel(tile, dtype, activation, _has_tail(tile, tail, m, samples_of))
 
 
 def variants() -> Iterator[build.Unit]:
-    """Every variant that `sparse_gemm` can ask for."""
+    """Every variant that a call can ask for."""
     for tile, dtype, activation, tail in product(
         RATES, (torch.bfloat16, torch.float16), ACTIVATIONS, (False, True)
     ):
-        if not (tail and _light(tile)):
-            yield kernel(tile, dtype, activation, tail).unit("sm_90a")
+        if tail and _slow_with_tail(tile):
+            continue
+        yield kernel(tile, dtype, activation, tail).unit("sm_90a")
 
 
 def prepare(
@@ -192,51 +211,126 @@ def prepare(
     gate: Tensor | None,
     residual: Tensor | None,
     *,
+    y_stride: int = 0,
     tile: Tile | None = None,
 ) -> Call:
-    """The call that computes y (M, N) of `ops.sparse_linear`.
+    """The call that computes y (M, N) of `ops.sparse_linear`; arguments as in `prepare_all`."""
+    layer = Layer(t, weight, lora_up, bias, activation, gate, residual)
+    return prepare_all(values, metadata, scale, [layer], y_stride=y_stride, tile=tile)
 
-    Operands are checked; rows of t may be apart; rank % 16 == 0. tile: instead of the one `choose` takes.
+
+def prepare_all(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    layers: Sequence[Layer],
+    *,
+    y_stride: int = 0,
+    tile: Tile | None = None,
+) -> Call:
+    """The call that computes y (M, N) of each layer of one X. Layers that can be share a launch.
+
+    Operands are checked; rows of t may be apart; rank % 16 == 0. y_stride: elements from row to row of each
+    y, a multiple of 8; N by default. tile: instead of the one `choose` takes.
     """
-    m, half = values.shape
-    n, k = weight.shape
-    device, dtype = values.get_device(), values.dtype
-    rank = 0 if lora_up is None else lora_up.shape[1]
-    processors = multiprocessors(device)
-    bias_rows, gate_rows = m // samples(bias, n), m // samples(gate, n)
+    outputs = [((values.shape[0], layer.weight.shape[0]), values.dtype) for layer in layers]
+    launches = []
+    for group in groups(layers):
+        kernel, grid, packed = _pack(values, metadata, scale, [layers[i] for i in group], y_stride, tile)
+        launches.append(Launch(kernel, grid, packed, _addresses(group, len(layers))))
+    return Call(values.get_device(), outputs, launches)
+
+
+def groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Which layers share a launch: up to LAYERS that have one activation, and neither gate nor residual."""
+    found: list[list[int]] = []
+    growing: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        alone = layer.gate is not None or layer.residual is not None
+        group = None if alone else growing.get(layer.activation)
+        if group is None or len(group) == LAYERS:
+            found.append(group := [])
+            if not alone:
+                growing[layer.activation] = group
+        group.append(i)
+    return found
+
+
+def _addresses(group: Sequence[int], outputs: int) -> Callable[..., bytes]:
+    """`Launch.outputs` of a launch that writes some of a call's outputs."""
+    pack = pointers(len(group))
+    return pack if len(group) == outputs else lambda *addresses: pack(*[addresses[i] for i in group])
+
+
+def _pack(
+    values: Tensor,
+    metadata: Tensor,
+    scale: Tensor,
+    layers: Sequence[Layer],
+    y_stride: int,
+    tile: Tile | None,
+) -> tuple[Kernel, Grid, bytes]:
+    """Kernel, grid and parameters of one launch."""
+    (m, half), dtype = values.shape, values.dtype
+    k, processors = 2 * half, multiprocessors(values.get_device())
+    widths = tuple(layer.weight.shape[0] for layer in layers)
+    gate, residual = layers[0].gate, layers[0].residual
     tail = gate is not None or residual is not None
+    bias_rows = tuple(m // samples(layer.bias, n) for layer, n in zip(layers, widths, strict=True))
     if tile is None:
-        tile = choose(m, n, k, tail, processors, bias_rows)
-    rows, columns = tile.grid(m, n)
+        tile = choose(m, widths, k, tail, processors, bias_rows)
+    rows, columns = tile.grid(m, *widths)
     part_m, part_n = tile.m // tile.cluster_n, tile.n // tile.cluster_m
-    variant = kernel(tile, dtype, activation, _has_tail(tile, tail, m, bias_rows))
+    fields: list[tuple[Any, ...]] = []  # of each layer: tensor maps, address of the bias, numbers
+    begin = 0
+    for layer, n, rows_of_bias in zip(layers, widths, bias_rows, strict=True):
+        t, up, bias = layer.t, layer.lora_up, layer.bias
+        rank = 0 if up is None else up.shape[1]
+        fields.append(
+            (
+                _map(layer.weight, n, k, 64, part_n),
+                _map(t if rank else None, m, rank, 32, part_m, t.stride(0) if rank and m > 1 else rank),
+                _map(up if rank else None, n, rank, 32, part_n),
+                0 if bias is None else bias.data_ptr(),
+                n,
+                y_stride or n,
+                -(-rank // LORA_STEP),
+                rows_of_bias,
+                begin,
+            )
+        )
+        begin += tile.grid(m, n)[1]
+    fields += [(_NO_MAP, _NO_MAP, _NO_MAP, 0, 0, 0, 0, m, NEVER)] * (LAYERS - len(layers))
+    weights, ts, ups, biases, *numbers = zip(*fields, strict=True)
+    variant = kernel(tile, dtype, layers[0].activation, _has_tail(tile, tail, m, bias_rows))
     packed = variant.pack(
         _map(values, m, half, 32, part_m),
-        _map(weight, n, k, 64, part_n),
-        _map(t if rank else None, m, rank, 32, part_m, t.stride(0) if rank and m > 1 else rank),
-        _map(lora_up if rank else None, n, rank, 32, part_n),
-        _map(residual, m, n, 64, 64),
+        _map(residual, m, widths[0], 64, 64),
+        *weights,
+        *ts,
+        *ups,
         metadata.data_ptr(),
         scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
         0 if gate is None else gate.data_ptr(),
-        0,  # y
+        *biases,
+        *[0] * LAYERS,  # outputs
+        *chain.from_iterable(numbers),
+        columns,
         m,
-        n,
         k // STEP_K,
-        -(-rank // LORA_STEP),
-        bias_rows,
-        gate_rows,
+        m // samples(gate, widths[0]),
         max(1, RASTER_ROWS // (tile.m * tile.cluster_m)),
         int(residual is not None),
     )
-    grid = min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1
-    return Call(device, [((m, n), dtype)], [Launch(variant, grid, packed, pointers(1))])
+    return variant, (min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1), packed
 
 
 def sparse_gemm(*operands: Any, tile: Tile | None = None, **options: Any) -> Tensor:
     """y (M, N): `prepare` and run."""
     return prepare(*operands, tile=tile, **options).run()[0]
+
+
+_NO_MAP = bytes(TENSOR_MAP_BYTES)
 
 
 def _map(
@@ -247,7 +341,7 @@ def _map(
     stride: elements from row to row, where rows do not follow each other.
     """
     if matrix is None:
-        return bytes(TENSOR_MAP_BYTES)
+        return _NO_MAP
     size = matrix.element_size()
     return tensor_map(
         matrix.data_ptr(),

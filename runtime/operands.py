@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,18 @@ ROWS_MULTIPLE = 16  # of N
 Operands = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
+
+
+class Layer(NamedTuple):
+    """What `sparse_linear` takes besides X: see `semantics.sparse_linear` for the shapes."""
+
+    t: Tensor
+    weight: Tensor
+    lora_up: Tensor | None
+    bias: Tensor | None
+    activation: str
+    gate: Tensor | None
+    residual: Tensor | None
 
 
 def checked(

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from lynx_compile.runtime import gemm_sm90
 from lynx_compile.runtime.gemm_sm90 import RATES, choose
+from lynx_compile.runtime.operands import Layer
 
 PROCESSORS = 132
 tiles = st.sampled_from(list(RATES))
@@ -26,11 +27,37 @@ def test_a_ring_fills_shared_memory(tile):
     assert tile.stages >= 4
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(4096, 3072, 3072), (4608, 21504, 3072), (1, 16, 64), (20000, 9216, 64)]
+@given(
+    tile=tiles, m=st.integers(1, 9000), widths=st.lists(st.integers(1, 900).map(lambda i: 16 * i), max_size=4)
 )
-def test_a_tail_never_gets_a_tile_without_registers_for_it(m, n, k):
-    assert not gemm_sm90._light(choose(m, n, k, True, PROCESSORS))
+def test_layers_of_a_launch_have_columns_of_their_own(tile, m, widths):
+    rows, columns = tile.grid(m, *widths)
+    assert columns == sum(tile.grid(m, n)[1] for n in widths)
+    assert all(tile.grid(m, n)[0] == rows for n in widths)
+
+
+def layer(activation="none", gate=None, residual=None):
+    return Layer(None, None, None, None, activation, gate, residual)
+
+
+def test_layers_share_a_launch_unless_their_epilogues_differ():
+    plain, gelu, gated, added = layer(), layer("gelu"), layer(gate=1), layer(residual=1)
+    assert gemm_sm90.groups([plain] * 3) == [[0, 1, 2]]
+    assert gemm_sm90.groups([plain] * 6) == [[0, 1, 2, 3], [4, 5]]
+    assert gemm_sm90.groups([plain, gelu, plain, gated, gelu, added, plain]) == [[0, 2, 6], [1, 4], [3], [5]]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(4096, 3072, 3072), (4608, (3072, 12288), 3072), (1, 16, 64), (20000, 9216, 64)]
+)
+def test_a_tail_never_gets_a_tile_it_slows_down(m, n, k):
+    assert not gemm_sm90._slow_with_tail(choose(m, n, k, True, PROCESSORS))
+
+
+def test_samples_that_meet_in_the_rows_of_a_warpgroup_count_as_a_tail():
+    whole, split = ((choose(4096, 9216, 3072, False, PROCESSORS, (rows,))) for rows in (1024, 1000))
+    assert gemm_sm90._slow_with_tail(whole)
+    assert not gemm_sm90._slow_with_tail(split)
 
 
 def test_few_rows_spread_over_many_multiprocessors():

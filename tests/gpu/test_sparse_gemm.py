@@ -9,7 +9,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lynx_compile.runtime import build, calls, gemm_sm90, layout, semantics
+from lynx_compile.runtime import build, calls, gemm_mma, gemm_sm90, layout, operands, semantics
 
 pytestmark = pytest.mark.gpu
 
@@ -76,6 +76,15 @@ class Case:
 
     def normal(self, *shape, scale=1.0):
         return (scale * torch.randn(*shape, generator=self.generator, device="cuda")).to(self.dtype)
+
+    def on(self, other):
+        """This case with the X of another one."""
+        self.pruned, self.values, self.metadata, self.scale = (
+            other.pruned, other.values, other.metadata, other.scale)  # fmt: skip
+        return self
+
+    def layer(self):
+        return operands.Layer(self.t, self.weight, **self.options)
 
     def run(self, tile=None):
         return gemm_sm90.sparse_gemm(
@@ -144,10 +153,66 @@ def test_any_epilogue(samples, rows_per_sample, n, activation, residual, bias, r
 @pytest.mark.parametrize("rows_per_sample", [256, 192, 77])
 def test_a_bias_for_each_sample_on_any_tile(tile, rows_per_sample):
     """With samples that end where the rows of a warpgroup do, inside them, and several of them inside."""
-    if rows_per_sample % (64 * tile.blocks) and gemm_sm90._light(tile):
-        pytest.skip("a tile without registers for samples that meet")
     case = Case(5 * rows_per_sample, 400, 192, rank=16, bias=5, activation="gelu")
     case.check(case.run(tile))
+
+
+@pytest.mark.parametrize("tile", list(gemm_sm90.RATES), ids=str)
+def test_gate_and_residual_on_any_tile(tile):
+    case = Case(4 * 333, 784, 320, rank=32, bias=1, activation="gelu_tanh", samples=4, residual=True)
+    case.check(case.run(tile))
+
+
+@few
+@given(
+    m=rows,
+    k=st.integers(1, 12).map(lambda i: 64 * i),
+    layers=st.lists(
+        st.tuples(
+            st.integers(1, 40).map(lambda i: 16 * i),
+            st.sampled_from([0, 16, 64, 80]),
+            st.sampled_from([0, 1, 2]),
+            st.sampled_from(["none", "none", "gelu"]),
+            st.booleans(),
+        ),
+        min_size=2,
+        max_size=7,
+    ),
+    tile=st.sampled_from([None, *gemm_sm90.RATES]),
+    dtype=dtypes,
+    seed=seeds,
+)
+def test_layers_of_one_x_share_launches(m, k, layers, tile, dtype, seed):
+    """Each (n, rank, rows of the bias, activation, gate and residual) of its own."""
+    m += m % 2
+    cases = [
+        Case(m, n, k, dtype, seed + i, rank, bias, activation, int(tail), tail)
+        for i, (n, rank, bias, activation, tail) in enumerate(layers)
+    ]
+    x = cases[0]
+    call = gemm_sm90.prepare_all(
+        x.values, x.metadata, x.scale, [case.on(x).layer() for case in cases], tile=tile
+    )
+    for case, y in zip(cases, call.run(), strict=True):
+        case.check(y)
+    alone = sum(tail for *_, tail in layers)
+    activations = [activation for *_, activation, tail in layers if not tail]
+    shared = sum(-(-activations.count(a) // gemm_sm90.LAYERS) for a in set(activations))
+    assert len(call.launches) == alone + shared
+
+
+@pytest.mark.parametrize("gemm", [gemm_sm90, gemm_mma])
+@pytest.mark.parametrize("tail", [0, 1])
+def test_y_may_be_columns_of_a_wider_matrix(gemm, tail):
+    case = Case(300, 208, 192, rank=16, samples=tail, residual=bool(tail))
+    x = case.values, case.metadata, case.scale
+    (kernel, grid, packed, encode), *more = gemm.prepare_all(*x, [case.layer()], y_stride=256).launches
+    assert not more
+    whole = torch.full((300, 256), torch.nan, dtype=case.dtype, device="cuda")
+    kernel.launch(0, grid, packed, encode(whole[:, 32:].data_ptr()))
+    case.check(whole[:, 32:240])
+    assert whole[:, :32].isnan().all()
+    assert whole[:, 240:].isnan().all()
 
 
 @few
@@ -158,7 +223,7 @@ def test_a_bias_for_each_sample_on_any_tile(tile, rows_per_sample):
     residual=st.booleans(),
 )
 def test_writes_all_of_y_and_nothing_else(m, n, tile, residual):
-    case = Case(m, n, 128, rank=32, residual=residual and not gemm_sm90._light(tile))
+    case = Case(m, n, 128, rank=32, residual=residual)
     buffers = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calls, "empty", guarded_empty(buffers))
