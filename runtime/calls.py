@@ -11,6 +11,7 @@ its checks, and never more than that: an entry is used only for operands that wo
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
@@ -22,7 +23,10 @@ from torch._C._dynamo import guards
 
 from .launch import Grid, Kernel
 
+log = logging.getLogger(__name__)
+
 MAX_CALLS = 4096  # of one op that are remembered
+MAX_CHECKS = 4  # of one call: inference mode or not, inside the dispatcher or in front of it
 
 Sizes = tuple[int, ...]
 Options = tuple[Any, ...]
@@ -30,7 +34,7 @@ Operands = Sequence[Tensor | None]
 
 
 class Facts:
-    """What decides how a kernel reads tensors, besides their addresses. `TensorGuards` in Python."""
+    """What decides how a kernel reads tensors, besides their addresses."""
 
     def __init__(self, *tensors: Tensor, **dynamic: None) -> None:
         self.facts = self._of(tensors)
@@ -43,9 +47,14 @@ class Facts:
         return [(t.dtype, t.get_device(), t.shape, t.stride()) for t in tensors]
 
 
-# What compiled code is guarded with, all of `Facts` in one call: no public name.
-_facts: Callable[..., Any] = getattr(guards, "TensorGuards", Facts)
-_STATIC = {"dynamic_dims_sizes": None, "dynamic_dims_strides": None}
+# What compiled code is guarded with: all of `Facts` and what the dispatcher goes by, in one call. Not public.
+_guard_type: Callable[..., Any] = getattr(guards, "TensorGuards", Facts)
+_grad_enabled = torch.is_grad_enabled
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _guard(tensors: Iterable[Tensor]) -> Callable[..., bool]:
+    return _guard_type(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 class Launch(NamedTuple):
@@ -82,9 +91,9 @@ class Call:
     ) -> None:
         self.device, self.launches, self.copies = device, launches, copies
         self.outputs = [(shape, _strides(shape), dtype) for shape, dtype in outputs]
-        usual = {1: _run_with_one, 4: _run_with_four}.get(len(outputs)) if len(launches) == 1 else None
+        usual = {1: _run_with_one, 4: _run_with_four} if len(launches) == 1 else {}
         # Launches on torch's current stream of the device; returns the outputs.
-        self.run: Callable[[], Sequence[Tensor]] = self.run_any if usual is None else usual(self)
+        self.run: Callable[[], Sequence[Tensor]] = usual.get(len(outputs), _run_with_many)(self)
 
     def run_any(self) -> Sequence[Tensor]:
         """`run` for any number of outputs and launches, from any device, also in deterministic mode."""
@@ -127,29 +136,142 @@ def _run_with_four(call: Call) -> Callable[[], Sequence[Tensor]]:
     return run
 
 
+def _run_with_many(call: Call) -> Callable[[], Sequence[Tensor]]:
+    """`Call.run` for any number of outputs and launches."""
+    device, outputs, launches = call.device, call.outputs, [(x.kernel.launch, *x[1:]) for x in call.launches]
+
+    def run() -> Sequence[Tensor]:
+        if _C._cuda_getDevice() != device or _C._get_deterministic_algorithms():
+            return call.run_any()
+        made = [_empty_strided(*output) for output in outputs]
+        addresses = [output.data_ptr() for output in made]
+        for launch, grid, packed, encode in launches:
+            launch(device, grid, packed, encode(*addresses))
+        return made
+
+    return run
+
+
 class Known:
     """The calls of one op, by its options and its operands' addresses."""
 
     def __init__(self) -> None:
-        self._entries: dict[Options, tuple[Call, Callable[..., bool], Callable[..., Any]]] = {}
+        self._entries: dict[Options, _Entry] = {}
 
     def find(self, options: Options, operands: Operands) -> Call | None:
         """The call for these operands, if it was made before; operands may be None."""
-        entry = self._entries.get((options, *[0 if o is None else o.data_ptr() for o in operands]))
-        if entry is None:
-            return None
-        call, same, present = entry
-        return call if same(*present(operands)) else None
+        entry = self._entries.get((options, *[-1 if o is None else o.data_ptr() for o in operands]))
+        if entry is not None:
+            for i, j in entry.twice:
+                if operands[i] is not operands[j]:
+                    return None
+            tensors = entry.present(operands)
+            for same in entry.checks:
+                if same(*tensors):
+                    return entry.call
+        return None
 
     def keep(self, options: Options, operands: Operands, call: Call) -> Call:
-        """Remember `call`, and return it."""
-        if not call.copies:
+        """Remember `call`, unless it is for once or for a subclass of tensors, and return it."""
+        if not call.copies and all(type(operand) in _PLAIN for operand in operands):
             if len(self._entries) >= MAX_CALLS:
                 self._entries.clear()
-            present = _chosen([i for i, operand in enumerate(operands) if operand is not None])
-            key = options, *[0 if o is None else o.data_ptr() for o in operands]
-            self._entries[key] = call, _facts(*present(operands), **_STATIC).check, present
+            key = options, *[-1 if o is None else o.data_ptr() for o in operands]
+            first: dict[int, int] = {}  # where each tensor comes first, by its id: a guard takes it once
+            places = [(i, first.setdefault(id(o), i)) for i, o in enumerate(operands) if o is not None]
+            present = _chosen(list(first.values()))
+            tensors = present(operands)
+            twice = tuple((i, j) for i, j in places if i != j)
+            self._entries[key] = _Entry(call, present, twice, Facts(*tensors), [_guard(tensors)])
         return call
+
+    def admit(self, options: Options, operands: Operands) -> None:
+        """Let `find` know these operands also in the state of dispatch that the thread is in now."""
+        entry = self._entries.get((options, *[-1 if o is None else o.data_ptr() for o in operands]))
+        if entry is not None and all(operands[i] is operands[j] for i, j in entry.twice):
+            tensors = entry.present(operands)
+            plain = all(type(tensor) in _PLAIN for tensor in tensors)
+            if plain and len(entry.checks) < MAX_CHECKS and entry.facts.check(*tensors):
+                entry.checks.insert(0, _guard(tensors))
+
+
+class _Entry(NamedTuple):
+    """facts: of the operands that the call is for. checks: for the same, one for each state of dispatch.
+
+    twice: pairs of places with one tensor in both.
+    """
+
+    call: Call
+    present: Callable[[Operands], Sequence[Tensor]]
+    twice: tuple[tuple[int, int], ...]
+    facts: Facts
+    checks: list[Callable[..., bool]]
+
+
+_KINDS: dict[str, Callable[[Sequence[Tensor]], Any]] = {"Tensor": itemgetter(0)}  # of an op's one return
+
+
+def _under_something() -> bool:
+    """Whether a mode or a profiler wants to see each op, or gradients may be wanted of it."""
+    return bool(
+        _grad_enabled()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._autograd._profiler_enabled()
+    )
+
+
+def _transformed() -> bool:
+    """Whether a transform such as vmap, or a tracer, is at work."""
+    return _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None
+
+
+class Shortcut:
+    """Stands in front of an op's dispatcher, which takes a third of a call's time to find nothing to do.
+
+    Operands that went through it before, with the thread in the same state, go to their call at once. All
+    others go through it: first uses, subclasses, and whatever comes under a mode, a transform, a tracer, a
+    profiler or with gradients enabled.
+
+    key: from the op's arguments to its options and operands, as `Known` takes them.
+    """
+
+    def __init__(self, op: Any, known: Known, key: Callable[..., tuple[Options, Operands]]) -> None:
+        self.through = op._op
+        self._find, self._admit, self._key = known.find, known.admit, key
+        returns = [str(value.type) for value in op._schema.returns]
+        self._result = _KINDS.get(returns[0], list) if len(returns) == 1 else tuple
+
+    @classmethod
+    def install(cls, op: Any, known: Known, key: Callable[..., tuple[Options, Operands]]) -> None:
+        """Do so for `op`, an OpOverload. Where torch keeps its way elsewhere, calls stay as they are."""
+        try:
+            _under_something(), _transformed()
+            if _guard_type is not Facts:
+                op._op = cls(op, known, key)
+        except AttributeError:
+            log.info("calls of %s take the way through the dispatcher, in torch %s", op, torch.__version__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _under_something():
+            return self.through(*args, **kwargs)
+        try:
+            options, operands = self._key(*args, **kwargs)
+            call = self._find(options, operands)
+        except (TypeError, RuntimeError, AttributeError):  # no such operands: the op says what is wrong
+            return self.through(*args, **kwargs)
+        if call is not None:
+            return self._result(call.run())
+        result = self.through(*args, **kwargs)
+        if not _transformed():
+            self._admit(options, operands)
+        return result
+
+    def __hash__(self) -> int:
+        return hash(self.through)  # which is the op's own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.through, name)
 
 
 def _chosen(indices: Sequence[int]) -> Callable[..., Any]:

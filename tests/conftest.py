@@ -32,6 +32,7 @@ def driver(request, monkeypatch):
     monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: request.param.prepare)
     monkeypatch.setattr(kernels, "_sparsify_calls", calls.Known())
     monkeypatch.setattr(kernels, "_linear_calls", calls.Known())
+    monkeypatch.setattr(kernels, "_together_calls", calls.Known())
     for cached in (sparsify_kernel.plan, sparsify_kernel._kernel, gemm_sm90.kernel, gemm_mma.kernel,
                    gemm_mma._overlaps, launch.multiprocessors, launch.tensor_map):  # fmt: skip
         cached.cache_clear()

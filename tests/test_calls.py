@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from lynx_compile.runtime import calls, kernels, launch, sparsify_kernel
+from lynx_compile.runtime import calls, kernels, launch, operands, sparsify_kernel
 
 from .stand_in import RANK, K, M, N, Operands, normal, parameters, pointers
 
@@ -101,6 +101,25 @@ def test_what_a_known_call_would_misread_is_refused(driver, change, error, messa
         layer.linear(compressed, **change(layer))
 
 
+def test_layers_of_one_input_are_checked_once(driver, monkeypatch):
+    layer, weights = Operands(), [normal(n, K) for n in (N, 2 * N, 4 * N)]
+    ups = [normal(n, RANK) for n in (N, 2 * N, 4 * N)]
+    checked = []
+    original = operands.checked
+    monkeypatch.setattr(operands, "checked", lambda *args: (checked.append(args), original(*args))[1])
+    *compressed, t = layer.sparsify()
+    lists = [t] * 3, weights, ups, [layer.bias, None, None], ["none"] * 3, [None] * 3, [None] * 3
+    results = [kernels._sparse_linears(*compressed, *lists) for _ in range(3)]
+    assert len(checked) == 3
+    assert [[y.shape for y in ys] for ys in results] == [[(M, n) for n in (N, 2 * N, 4 * N)]] * 3
+    written = {pointer for launched in driver.launches for pointer in parameters(launched)}
+    assert {y.data_ptr() for ys in results for y in ys} <= written
+    other = normal(M, RANK)
+    kernels._sparse_linears(*compressed, [t, t, other], *lists[1:])
+    assert len(checked) == 6
+    assert other.data_ptr() in {t.data_ptr() for call in checked for t in call if t is not None}
+
+
 @pytest.mark.parametrize("samples", [1, 3, 96])
 def test_bias_and_gate_hold_a_row_a_sample(driver, samples):
     layer = Operands(samples=samples)
@@ -125,6 +144,21 @@ def test_options_and_places_are_told_apart(driver, prepared):
         layer.linear(compressed, **options)
         layer.linear(compressed, **options)
     assert prepared.count("linear") == 4
+
+
+def test_a_tensor_may_come_twice(driver, prepared):
+    layer, vector = Operands(), normal(2 * K)
+    both = vector[:K]
+    for _ in range(3):
+        layer.sparsify(shift=both, score=both)
+    assert len(prepared) == 1
+    other = vector.as_strided(
+        (K,), (2,)
+    )  # the same address, every other element: refused, but not taken for both
+    with pytest.raises(ValueError, match="score needs 128 contiguous"):
+        layer.sparsify(shift=both, score=other)
+    layer.sparsify(shift=both, score=vector[:K])
+    assert len(prepared) == 3
 
 
 def test_a_wide_branch_takes_several_launches(driver):
@@ -222,10 +256,11 @@ def test_another_device_and_deterministic_mode_take_the_long_way(driver, monkeyp
     assert len(driver.launches) == 4
 
 
-@pytest.mark.parametrize("facts", [calls.Facts, calls._facts])
-def test_facts_tell_tensors_apart(facts):
+@pytest.mark.parametrize("kind", [calls.Facts, calls._guard_type])
+def test_facts_tell_tensors_apart(kind, monkeypatch):
+    monkeypatch.setattr(calls, "_guard_type", kind)
     x = normal(4, 64)
-    same = facts(x, x.clone(), **calls._STATIC).check
+    same = calls._guard((x, x.clone()))
     assert same(normal(4, 64), normal(4, 64))
     for other in (x[:2], x.view(2, 128), x.view(torch.float16), x.t().contiguous().t(), x.view(1, 4, 64)):
         assert not same(x, other)
