@@ -69,6 +69,8 @@ class Recorded:
             self.graphs.append(report().graphs[-1])
             placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
             sparse = [node.args[4] for node in gm.graph.nodes if node.target is ops.sparse_linear]
+            together = [node.args[4] for node in gm.graph.nodes if node.target is ops.sparse_linears]
+            sparse += [weight for weights in together for weight in weights]
             assert len(sparse) == sum(row.decision == "sparse" for row in self.graphs[-1].rows)
             positions = [placeholders.index(weight) for weight in sparse]
 
