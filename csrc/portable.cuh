@@ -10,6 +10,12 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// The dynamic shared memory of the block.
+__device__ __forceinline__ char* dynamic_memory() {
+    extern __shared__ __align__(128) char memory[];
+    return memory;
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory without a register, or zeros where `valid` is false.

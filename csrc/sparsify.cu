@@ -120,7 +120,7 @@ __device__ __forceinline__ void select(const u32 (&a)[4][4], u32 vectors, int q,
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 sparsify(const __grid_constant__ SparsifyParams p) {
-    extern __shared__ __align__(128) char dynamic[];
+    char* const dynamic = dynamic_memory();
     __shared__ float2 squares[kColumnWarps][kRowTile];
     __shared__ StageBarriers lora_barriers;
 

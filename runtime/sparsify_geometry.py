@@ -8,7 +8,7 @@ import torch
 
 from . import layout
 
-MAX_CLUSTER = 8  # the largest size every chip with clusters has
+CLUSTERS = (1, 2, 3, 4, 8)  # sizes; 8 is the largest that every chip with clusters has
 MAX_STAGES = 3  # more gain nothing
 LONG_ROW = 8192  # columns from which more warps are worth their later start
 KILOBYTES_A_UNIT = 5.1  # of x and of the LoRA weight that reach a multiprocessor in one unit of time
@@ -88,8 +88,10 @@ def _geometries(
     """Each shape in clusters of each useful size, with as many stages as fit."""
     found = []
     for row_warps, column_warps, blocks in shapes:
-        most = MAX_CLUSTER if clusters and (variant.rank or row_tiles(m, row_warps) < sms) else 1
-        for splits in range(1, min(most, k // layout.BLOCK_COLUMNS) + 1):
+        shared = clusters and (variant.rank or row_tiles(m, row_warps) < sms)
+        for splits in CLUSTERS if shared else (1,):
+            if splits > k // layout.BLOCK_COLUMNS:
+                break
             options = [
                 Geometry(row_warps, column_warps, stages, blocks, splits)
                 for stages in range(MAX_STAGES, 1, -1)
