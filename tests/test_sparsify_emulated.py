@@ -160,13 +160,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("portable", [False, True], ids=["hopper", "portable"])
-def test_as_the_definition(case, portable, device, monkeypatch):
+@pytest.mark.parametrize("code", ["warpgroup", "hopper", "portable"])
+def test_as_the_definition(case, code, device, monkeypatch):
+    """With a warpgroup that multiplies, with warps that do it themselves, and as older GPUs."""
     producer, inputs, geometry, rank, options = CASES[case]
+    portable = code == "portable"
     if portable and case not in ("cat", "samples within a warp", "score"):
         pytest.skip("the code for older GPUs differs in clusters and comparisons")
+    if code == "warpgroup" and rank != 64:
+        pytest.skip("a warpgroup multiplies by 64, 96 or 128 rows")
     if geometry is not None:
-        chosen = geometry._replace(splits=1) if portable else geometry
+        helpers = 4 if code == "warpgroup" else int(rank > 0)
+        chosen = geometry._replace(helpers=helpers, stages=max(geometry.stages, 3 if helpers == 4 else 2))
+        if portable:
+            chosen = chosen._replace(splits=1)
         monkeypatch.setattr(sparsify_kernel, "choose", lambda *_: chosen)
     if portable:
         defines = sparsify_kernel.defines

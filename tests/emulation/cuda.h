@@ -23,7 +23,10 @@ extern Thread* current;
 void fail(const char* what);  // ends the process
 // Waits for the other lanes of the warp; the last to come calls meet(slots), the lanes' arguments in order.
 void warp_meet(void* slot, void (*meet)(void** slots));
+// As warp_meet for the 128 threads of a warpgroup.
+void warpgroup_meet(void* slot, void (*meet)(void** slots));
 void block_barrier(int id, int count);
+void block_arrive(int id, int count);
 void cluster_barrier(bool wait);                // arrives, or waits for what it arrived at
 unsigned to_shared(const void* pointer);        // addresses of shared memory: the block's rank and an offset
 char* from_shared(unsigned address);

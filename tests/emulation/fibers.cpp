@@ -38,7 +38,7 @@ struct Fiber {
 struct Meeting {
     int present = 0;
     unsigned long phase = 0;
-    void* slots[32];
+    void* slots[128];
 };
 
 struct MBarrier {
@@ -49,7 +49,7 @@ struct MBarrier {
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Meeting> warps;
+std::vector<Meeting> warps, warpgroups;
 std::vector<std::vector<Meeting>> barriers;  // of each block, by number
 Meeting cluster;
 std::unordered_map<char*, MBarrier> mbarriers;
@@ -118,6 +118,18 @@ void warp_meet(void* slot, void (*meet)(void**)) {
         while (warp.phase == phase) yield();
     }
 }
+
+void warpgroup_meet(void* slot, void (*meet)(void**)) {
+    Meeting& group = warpgroups[current->warp - threadIdx.x % 128 / 32];
+    group.slots[threadIdx.x % 128] = slot;
+    const unsigned long phase = group.phase;
+    if (group.present == 127) meet(group.slots);
+    if (!arrive(group, 128)) {
+        while (group.phase == phase) yield();
+    }
+}
+
+void block_arrive(int id, int count) { arrive(barriers[current->rank][id], count); }
 
 void block_barrier(int id, int count) {
     Meeting& barrier = barriers[current->rank][id];
@@ -206,7 +218,7 @@ int emulate(void (**blocks)(const void*), const void* given, unsigned grid, int 
     const int warps_of_block = (threads + 31) / 32;
     for (unsigned first = 0; first < grid; first += size) {
         fibers.clear(), mbarriers.clear(), arrivals.clear();
-        warps.assign(size * warps_of_block, {}), barriers.assign(size, std::vector<Meeting>(16)), cluster = {};
+        warps.assign(size * warps_of_block, {}), warpgroups = warps, barriers.assign(size, std::vector<Meeting>(16)), cluster = {};
         for (int i = 0; i < size * threads; ++i) {
             const int rank = i / threads, thread = i % threads;
             fibers.push_back(std::make_unique<Fiber>());

@@ -19,9 +19,17 @@ inline uint4 load_shared(u32 address) {
     std::memcpy(&words, from_shared(address), 16);
     return words;
 }
+inline void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    if (address % 16) fail("a store of 16 bytes to an address that is no multiple");
+    const uint4 words{a, b, c, d};
+    std::memcpy(from_shared(address), &words, 16);
+}
 inline void prefetch_l2(const void*) {}
 
 template <int kCount> inline void partial_barrier() { block_barrier(1, kCount); }
+template <int kName, int kCount> inline void named_wait() { block_barrier(kName, kCount); }
+template <int kName, int kCount> inline void named_arrive() { block_arrive(kName, kCount); }
+inline void fence_async() {}
 inline void barrier_init(u32 barrier, u32 count) { mbarrier_init(barrier, count); }
 inline void barrier_arrive(u32 barrier) { mbarrier_arrive(barrier); }
 inline void barrier_arrive_after_copies(u32 barrier) { copy_arrive(barrier); }
