@@ -4,21 +4,11 @@
 // cancels (the left tail of gelu), so that rounding to 16 bits gives the exact result but for rare ties.
 #pragma once
 
+#include "element.cuh"
+
 namespace lynx {
 
 enum Activation { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 constexpr float kLog2E = 1.4426950408889634f;
 

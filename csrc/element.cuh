@@ -1,4 +1,5 @@
-// The 16-bit element types: packing, unpacking and the warp-level matrix instruction.
+// The 16-bit element types: packing, unpacking, comparing and the warp-level matrix instruction; and arithmetic that
+// C++ has no word for.
 #pragma once
 
 // PORTABLE leaves out what sm_90 added, to try on any GPU what older ones run.
@@ -8,6 +9,25 @@ namespace lynx {
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Byte i is that of (a, b) which nibble i of the selector names.
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+    return bytes;
+}
 
 struct BFloat16 {
     static __device__ __forceinline__ float low(u32 word) { return __uint_as_float(word << 16); }

@@ -10,6 +10,12 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// The dynamic shared memory of the block.
+__device__ __forceinline__ char* dynamic_memory() {
+    extern __shared__ __align__(1024) char memory[];
+    return memory;
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory without a register, or zeros where `valid` is false.
@@ -30,6 +36,10 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
@@ -39,6 +49,21 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
 // Barrier over the first `kCount` threads of the block.
 template <int kCount> __device__ __forceinline__ void partial_barrier() {
     asm volatile("bar.sync 1, %0;" ::"n"(kCount) : "memory");
+}
+
+// Named barriers: threads that wait, and threads that only say they have come. All in all `kCount`.
+template <int kName, int kCount> __device__ __forceinline__ void named_wait() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kName), "n"(kCount) : "memory");
+}
+template <int kName, int kCount> __device__ __forceinline__ void named_arrive() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kName), "n"(kCount) : "memory");
+}
+
+// What this thread has written to shared memory is there for matrix instructions that read it.
+__device__ __forceinline__ void fence_async() {
+#if LYNX_SM90
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {

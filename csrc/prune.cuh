@@ -13,12 +13,6 @@ constexpr u32 kKeep23 = 0x76547654u;
 constexpr u32 kFirstIsOdd = 0x00220022u;   // 1 in place of 0
 constexpr u32 kSecondIsOdd = 0x22002200u;  // 3 in place of 2
 
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-    u32 bytes;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
-    return bytes;
-}
-
 // `chosen` where mask is 1, `other` where it is 0.
 __device__ __forceinline__ u32 blend(u32 mask, u32 chosen, u32 other) { return mask & chosen | ~mask & other; }
 

@@ -48,8 +48,8 @@ constexpr int kVectorBytes = 2 * kConsumers * kVectors * kTileN * 4;
 constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages * 8;
 
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 80;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 144;
 
 // What a block gets at its launch; who asks for more waits for ever.
 constexpr int kRegisters = 65536 / kThreads / 8 * 8 * (kConsumers + 1);

@@ -20,6 +20,9 @@
 #include "prune.cuh"
 #include "sums.cuh"
 #include "vectors.cuh"
+#if HELPERS == 4
+#include "warpgroup.cuh"
+#endif
 
 namespace lynx {
 
@@ -50,7 +53,7 @@ __device__ __forceinline__ void produce(const SparsifyParams& p, const Position&
                 if (SHIFT == kAbsent || active) activate_all<ACTIVATION>(v);
             }
             if constexpr (kTwoInputs) {
-                const uint4 words = load_shared((piece ? slot ^ 16 : slot) + kSlotBytes + h * 8 * kRowBytes);
+                const uint4 words = load_shared((piece ? slot ^ 16 : slot) + kSecondAt + h * 8 * kRowBytes);
                 const u32 w[4] = {words.x, words.y, words.z, words.w};
                 float up[8];
                 unpack<Element>(w, up);
@@ -120,7 +123,7 @@ __device__ __forceinline__ void select(const u32 (&a)[4][4], u32 vectors, int q,
 
 extern "C" __global__ void __launch_bounds__(kThreads, MIN_BLOCKS)
 sparsify(const __grid_constant__ SparsifyParams p) {
-    extern __shared__ __align__(128) char dynamic[];
+    char* const dynamic = dynamic_memory();
     __shared__ float2 squares[kColumnWarps][kRowTile];
     __shared__ StageBarriers lora_barriers;
 
@@ -161,15 +164,40 @@ sparsify(const __grid_constant__ SparsifyParams p) {
 #endif
     if constexpr (kPerSample || kRank > 0) __syncthreads();
 
-    const u32 stages = shared_address(dynamic);
+    const u32 memory = shared_address(dynamic);
+    const u32 slot_rounds = kNorm ? p.slot_rounds : kStages;
+    const u32 stages = memory + (kWarpgroup ? slot_rounds * kSlots * kSlotBytes : 0);
+    const u32 all_slots = kWarpgroup ? memory : stages + kLoraMemory + kStages * kWorkers / 32 * kVectorBytes;
     float* const partial = reinterpret_cast<float*>(dynamic);
-    float t[kTiles][4] = {};
     const bool worker = kRank == 0 || threadIdx.x < kWorkers;
+#if HELPERS == 4
+    if (threadIdx.x >= kFirstHelper) {
+        float t[kBlocks][kRank / 2] = {};
+        multiply_all(p, at, all_slots, stages, lora_barriers, held_rounds, t);
+        named_wait<3, kWorkers + 128>();  // everybody has done with slots: the sums take their place
+        const int warp = (threadIdx.x - kFirstHelper) / 32;
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int row = block * 64 + warp * 16 + at.g + 8 * h;
+                if (row >= kRowTile) continue;
+#pragma unroll
+                for (int n = 0; n < kTiles; ++n) {
+                    *reinterpret_cast<float2*>(partial + row * kPartialStride + 8 * n + 2 * at.q) =
+                        make_float2(t[block][4 * n + 2 * h], t[block][4 * n + 2 * h + 1]);
+                }
+            }
+        }
+    }
+#else
+    float t[kTiles][4] = {};
     if (!worker) copy_lora(p, at, stages, lora_barriers);
+#endif
     if (worker) {
         const int warp = threadIdx.x / 32;
-        const u32 vector_slots = stages + kStages * kLoraBytes + warp * kVectorBytes;
-        const u32 slots = stages + kStages * (kLoraBytes + kWorkers / 32 * kVectorBytes) + warp * kInputs * kSlotBytes;
+        const u32 vector_slots = stages + kLoraMemory + warp * kVectorBytes;
+        const u32 slots = all_slots + warp * kSlotBytes;
         VectorCopy vector_copy(p, at, samples, vector_slots);
         Statistics stats;
         if constexpr (kNorm) {
@@ -177,7 +205,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
         }
         InputCopy input_copy(p, at, slots, held_rounds);
 #pragma unroll 1
-        for (int s = 0; s < kStages - 1; ++s) {
+        for (int s = 0; s < kAhead; ++s) {
             if (s >= held_rounds) input_copy.next(p, at, at.chunk(s));
             vector_copy.next(at, at.chunk(s));
             copy_async_commit();
@@ -198,14 +226,33 @@ sparsify(const __grid_constant__ SparsifyParams p) {
 
 #pragma unroll 1
         for (; chunk < at.slice.end; chunk += kColumnWarps) {
-            copy_async_wait<kStages - 2>();
+            copy_async_wait<kAhead - 1>();
             __syncwarp();
-            const int ahead = chunk + (kStages - 1) * kColumnWarps;
+            const int ahead = chunk + kAhead * kColumnWarps;
+#if HELPERS == 4
+            if (chunk >= at.chunk(2)) {  // the warpgroup has done with the chunk two rounds ago
+                const int before = turn < 2 ? turn + 2 * kStages - 2 : turn - 2;
+                const int stage = before < kStages ? before : before - kStages;
+                barrier_wait(lora_barriers.empty(stage, at.column_warp), before >= kStages);
+            }
+#endif
             if (!kNorm || ahead >= at.chunk(held_rounds)) input_copy.next(p, at, ahead);
             vector_copy.next(at, ahead);
             copy_async_commit();
             u32 z[2][8], a[4][4];
             produce(p, at, stats, samples, same_sample, chunk, slot.at, vector_slot.at, z);
+#if HELPERS == 4
+            if constexpr (kProducer != kIdentity || SHIFT != kAbsent) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    store_shared(slot.at + h * 8 * kRowBytes, z[h][0], z[h][1], z[h][2], z[h][3]);
+                    store_shared((slot.at ^ 16) + h * 8 * kRowBytes, z[h][4], z[h][5], z[h][6], z[h][7]);
+                }
+            }
+            fence_async();
+            barrier_arrive(lora_barriers.full(turn < kStages ? turn : turn - kStages, at.column_warp));
+            if (++turn == 2 * kStages) turn = 0;
+#endif
             clean_fragments(z, a);
             if (p.values != nullptr) {
                 u32 selection[4], kept[2][4];
@@ -233,10 +280,12 @@ sparsify(const __grid_constant__ SparsifyParams p) {
                 if (rows_left <= 0) metadata = 0x44444444u;
                 if (in_row_blocks) *metadata_at = metadata;
             }
-            if constexpr (kRank > 0) {
+            if constexpr (kRank > 0 && !kWarpgroup) {
                 const int stage = turn < kStages ? turn : turn - kStages;
                 barrier_wait(lora_barriers.full(stage, at.column_warp), turn >= kStages);
+#if HELPERS != 4
                 multiply_lora(t, a, stages + (stage * kColumnWarps + at.column_warp) * kRank * kRowBytes + at.fragment);
+#endif
                 barrier_arrive(lora_barriers.empty(stage, at.column_warp));
                 if (++turn == 2 * kStages) turn = 0;
             }
@@ -253,6 +302,10 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             }
         }
     }
+#if HELPERS == 4
+    copy_async_wait<0>();
+    if (worker) named_arrive<3, kWorkers + 128>();
+#else
     copy_async_wait<0>();
     if constexpr (kRank > 0) {
         __syncthreads();  // everybody has done with stages and slots: the partial sums take their place
@@ -268,6 +321,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             }
         }
     }
+#endif
     __syncthreads();
     const BlockSums sums{squares[0], partial};
 #if LYNX_SM90

@@ -15,7 +15,13 @@ constexpr int kRank = RANK;
 constexpr int kTiles = kRank ? kRank / 8 : 1;  // of 8 columns of t
 constexpr int kRowWarps = ROW_WARPS, kColumnWarps = COLUMN_WARPS;
 constexpr int kWorkers = 32 * kRowWarps * kColumnWarps;  // threads that work on X
-constexpr int kThreads = kWorkers + (kRank ? 32 : 0);    // and a warp that copies the LoRA weight
+// The helpers come behind, a warpgroup at a multiple of four warps; warps between them are idle.
+constexpr int kFirstHelper = HELPERS == 4 ? (kWorkers + 127) / 128 * 128 : kWorkers;
+constexpr int kThreads = kFirstHelper + 32 * HELPERS;
+constexpr bool kWarpgroup = HELPERS == 4;  // multiplies z by the LoRA weight; one helper only copies the weight
+constexpr int kRing = 6;                   // chunks of the LoRA weight the warpgroup keeps
+constexpr int kBlocks = (kRowWarps + 3) / 4;  // of 64 rows
+constexpr int kSumSets = kWarpgroup ? 1 : kColumnWarps;
 constexpr int kRowTile = 16 * kRowWarps;
 constexpr int kSplits = SPLITS;  // blocks in a cluster
 constexpr int kChunk = 64;       // columns
@@ -24,7 +30,10 @@ constexpr int kStages = STAGES;  // chunks of a warp in flight, this one include
 constexpr int kInputs = PRODUCER == kActMul ? 2 : 1;
 constexpr int kSlotBytes = 16 * kRowBytes;  // one chunk of one input of a warp
 constexpr int kSlots = kWorkers / 32 * kInputs;
+constexpr int kAhead = kWarpgroup ? kStages - 2 : kStages - 1;  // chunks of x a warp copies ahead
+constexpr int kSecondAt = kWorkers / 32 * kSlotBytes;            // from a chunk to that of the second input
 constexpr int kLoraBytes = kColumnWarps * kRank * kRowBytes;  // of one stage
+constexpr int kLoraMemory = kWarpgroup ? kRing * kRank * kRowBytes : kStages * kLoraBytes;
 constexpr int kPartialStride = kRank + 8;  // floats; + 8 keeps the rows of a store in different banks
 constexpr int kOwnRows = (kRowTile + kSplits - 1) / kSplits;  // rows of a tile whose sums one block of a cluster stores
 constexpr bool kNorm = kProducer == kLayerNorm || kProducer == kRmsNorm;
@@ -50,6 +59,7 @@ struct SparsifyParams {
     int native;                           // scale is 1
     float eps, mult_offset;               // of the norm, of mult
     float scale_eps;
+    int slot_rounds;                      // rounds of slots
 };
 
 // Mean and 1/σ of this thread's two rows.
@@ -132,7 +142,7 @@ struct InputCopy {
                 stride = p.second_stride;
             }
             copy_rows(slot.at, x, stride);
-            if constexpr (kTwoInputs) copy_rows(slot.at + kSlotBytes, second, p.second_stride);
+            if constexpr (kTwoInputs) copy_rows(slot.at + kSecondAt, second, p.second_stride);
         }
         x += kColumnWarps * kRowBytes;
         if constexpr (kTwoInputs) second += kColumnWarps * kRowBytes;
@@ -164,8 +174,8 @@ struct StageBarriers {
     __device__ __forceinline__ void init() const {
 #pragma unroll 1
         for (int i = 0; i < kStages * kColumnWarps; ++i) {
-            barrier_init(full(0, 0) + 8 * i, 32);
-            barrier_init(empty(0, 0) + 8 * i, 32 * kRowWarps);
+            barrier_init(full(0, 0) + 8 * i, kWarpgroup ? 32 * kRowWarps : 32);
+            barrier_init(empty(0, 0) + 8 * i, kWarpgroup ? 1 : 32 * kRowWarps);
         }
     }
     __device__ __forceinline__ u32 full(int stage, int column_warp) const {

@@ -71,7 +71,7 @@ struct BlockSums {
     __device__ __forceinline__ Columns columns_of(int row, int column) const {
         Columns sum;
 #pragma unroll
-        for (int w = 0; w < kColumnWarps; ++w) sum.add(t + (w * kRowTile + row) * kPartialStride + column);
+        for (int w = 0; w < kSumSets; ++w) sum.add(t + (w * kRowTile + row) * kPartialStride + column);
         return sum;
     }
 };

@@ -8,8 +8,10 @@ import torch
 
 from . import layout
 
-MAX_CLUSTER = 8  # the largest size every chip with clusters has
+CLUSTERS = (1, 2, 3, 4, 8)  # sizes; 8 is the largest that every chip with clusters has
 MAX_STAGES = 3  # more gain nothing
+WARPGROUP_RANKS = (64, 96, 128)  # padded ranks for which a warpgroup computes t on Hopper
+WARPGROUP_RING = 6  # chunks of the LoRA weight it keeps
 LONG_ROW = 8192  # columns from which more warps are worth their later start
 KILOBYTES_A_UNIT = 5.1  # of x and of the LoRA weight that reach a multiprocessor in one unit of time
 
@@ -31,6 +33,7 @@ class Geometry(NamedTuple):
 
     A block has row_warps × column_warps warps of 16 rows each, keeps stages − 1 chunks a warp in flight, and
     leaves room for min_blocks of its kind on a multiprocessor. `splits` blocks, a cluster, share the columns.
+    helpers: warps beside; with LoRA one that copies the weight, or four, on Hopper, that multiply by it.
     """
 
     row_warps: int
@@ -38,17 +41,19 @@ class Geometry(NamedTuple):
     stages: int
     min_blocks: int
     splits: int
+    helpers: int = 0
 
 
 class Memory(NamedTuple):
     """Shared memory of a block. static, dynamic: bytes.
 
-    held_rounds: rounds of x that stay there between the two passes of a norm.
+    held_rounds: rounds of x that stay there between the two passes of a norm. slot_rounds: rounds of slots.
     """
 
     static: int
     dynamic: int
     held_rounds: int
+    slot_rounds: int
 
 
 def padded_rank(rank: int) -> int:
@@ -76,6 +81,11 @@ def _shapes(variant: Variant, k: int, clusters: bool) -> list[tuple[int, int, in
     heavy = variant.producer.endswith(("_norm", "_mul"))
     if not variant.rank:
         return [(1, 16, 1)] if k >= LONG_ROW and not heavy else [(1, 8, 2)]
+    if clusters and variant.rank in WARPGROUP_RANKS:
+        columns = 3 if heavy or any(variant.storage) or variant.rank > 64 else 4
+        if sum(map(bool, variant.storage)) > 2:
+            columns = 2
+        return [(4, columns, 1), *([(5, 3, 1)] if variant.rank <= 64 and columns > 3 else []), (2, 6, 1)]
     if variant.rank > 64:
         return [(2, 3, 1), (2, 5, 1)]
     columns = 3 if clusters and not heavy and not any(variant.storage) else 2
@@ -87,12 +97,18 @@ def _geometries(
 ) -> list[Geometry]:
     """Each shape in clusters of each useful size, with as many stages as fit."""
     found = []
+    helpers = int(variant.rank > 0)
+    most, least = MAX_STAGES, 2
+    if clusters and variant.rank in WARPGROUP_RANKS:  # which holds a slot for two rounds more
+        helpers, most, least = 4, MAX_STAGES + 1, 3
     for row_warps, column_warps, blocks in shapes:
-        most = MAX_CLUSTER if clusters and (variant.rank or row_tiles(m, row_warps) < sms) else 1
-        for splits in range(1, min(most, k // layout.BLOCK_COLUMNS) + 1):
+        shared = clusters and (variant.rank or row_tiles(m, row_warps) < sms)
+        for splits in CLUSTERS if shared else (1,):
+            if splits > k // layout.BLOCK_COLUMNS:
+                break
             options = [
-                Geometry(row_warps, column_warps, stages, blocks, splits)
-                for stages in range(MAX_STAGES, 1, -1)
+                Geometry(row_warps, column_warps, stages, blocks, splits, helpers)
+                for stages in range(most, least - 1, -1)
             ]
             found += [g for g in options if fits(g, variant, k, smem)][:1]
     return found
@@ -113,9 +129,10 @@ def _time(g: Geometry, variant: Variant, m: int, k: int, sms: int) -> float:
     return waves * sharing * (rounds * max(workers, loaded) + (25 if g.splits > 1 else 10))
 
 
-def warps(g: Geometry, variant: Variant) -> int:
-    """Of a block: those that work on X, and with LoRA the one that copies the weight."""
-    return g.row_warps * g.column_warps + (variant.rank > 0)
+def warps(g: Geometry) -> int:
+    """Of a block: those that work on X, and their helpers; a warpgroup begins at a multiple of four."""
+    workers = g.row_warps * g.column_warps
+    return (ceil_div(workers, 4) * 4 if g.helpers == 4 else workers) + g.helpers
 
 
 def row_tiles(m: int, row_warps: int) -> int:
@@ -143,7 +160,10 @@ def memory(g: Geometry, variant: Variant, k: int, smem: int) -> Memory:
     inputs = 2 if variant.producer.endswith("_mul") else 1
     round_bytes = g.row_warps * columns * _SLOT_BYTES * inputs
     vectors = g.row_warps * columns * layout.BLOCK_COLUMNS * 2 * sum(variant.storage)
-    rings = g.stages * (columns * variant.rank * 128 + vectors)
+    chunks = WARPGROUP_RING if g.helpers == 4 else g.stages * columns  # of the LoRA weight
+    rings = chunks * variant.rank * 128 + g.stages * vectors
+    if g.helpers == 4:
+        static += 1024  # alignment
     held = 0
     if norm:
         rounds = ceil_div(ceil_div(k // layout.BLOCK_COLUMNS, g.splits), columns)
@@ -154,8 +174,8 @@ def memory(g: Geometry, variant: Variant, k: int, smem: int) -> Memory:
         slots = held if held == rounds else held + g.stages
     else:
         slots = g.stages
-    partial = 4 * columns * rows * (variant.rank + 8) if variant.rank else 0
-    return Memory(static, max(rings + slots * round_bytes, partial), held)
+    partial = 4 * (1 if g.helpers == 4 else columns) * rows * (variant.rank + 8) if variant.rank else 0
+    return Memory(static, max(rings + slots * round_bytes, partial), held, slots)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -23,7 +23,7 @@ from .sparsify_geometry import Geometry, Variant, choose, padded_rank
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE_TYPE = "cuda"
-PARAMETERS = "P" * 9 + "O" * 4 + "q" * 7 + "i" * 9 + "f" * 3  # SparsifyParams in csrc/sparsify_tile.cuh
+PARAMETERS = "P" * 9 + "O" * 4 + "q" * 7 + "i" * 9 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify_tile.cuh
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
 
@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     kernel: Kernel
     grid: tuple[int, int, int]
     held_rounds: int
+    slot_rounds: int
 
 
 def sparsify(producer: str, inputs: Sequence[Tensor | None], **options: Any) -> tuple[Tensor, ...]:
@@ -163,6 +164,7 @@ def prepare(
             eps,
             mult_offset,
             semantics.NORM_EPS,
+            p.slot_rounds,
         )
         launches.append(Launch(p.kernel, p.grid, packed, _outputs(begin * dtype.itemsize)))
     outputs = [
@@ -212,7 +214,7 @@ def plan(device: int, variant: Variant, m: int, k: int) -> Plan:
     """Kernel and geometry for X (m, k) on `device`."""
     properties = torch.cuda.get_device_properties(device)
     smem = properties.shared_memory_per_multiprocessor
-    chosen = choose(variant, m, k, multiprocessors(device), properties.major >= 9, smem)
+    chosen = choose(variant, m, k, multiprocessors(device), properties.major == 9, smem)
     return plan_with(chosen, variant, m, k, smem)
 
 
@@ -220,7 +222,7 @@ def plan_with(g: Geometry, variant: Variant, m: int, k: int, smem: int) -> Plan:
     """The launch of one geometry on multiprocessors with `smem` bytes of shared memory."""
     memory = geometry.memory(g, variant, k, smem)
     grid = geometry.row_tiles(m, g.row_warps) * g.splits
-    return Plan(_kernel(variant, g, memory.dynamic), (grid, 1, 1), memory.held_rounds)
+    return Plan(_kernel(variant, g, memory.dynamic), (grid, 1, 1), memory.held_rounds, memory.slot_rounds)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -229,7 +231,7 @@ def _kernel(variant: Variant, g: Geometry, smem: int) -> Kernel:
         SOURCE,
         "sparsify",
         parameters=PARAMETERS,
-        threads=32 * geometry.warps(g, variant),
+        threads=32 * geometry.warps(g),
         defines=defines(variant, g),
         smem=smem,
         cluster=g.splits,
@@ -257,6 +259,7 @@ def defines(variant: Variant, g: Geometry) -> dict[str, int | str]:
         "SPLITS": g.splits,
         "STAGES": g.stages,
         "MIN_BLOCKS": g.min_blocks,
+        "HELPERS": g.helpers,
     }
 
 

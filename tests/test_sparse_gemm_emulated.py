@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from lynx_compile.runtime import gemm_sm90, layout, semantics
+from lynx_compile.runtime import gemm_sm90, layout, operands, semantics
 
 from .emulator import Emulator, tensor_map
 
@@ -33,58 +33,81 @@ def folder(tmp_path_factory):
 
 
 class Case:
-    """Random operands of one call, bf16. bias, samples: rows of the bias and of the gate; 0 for none."""
+    """Random operands of the layers of one X, bf16.
 
-    def __init__(self, m, n, k, rank=0, bias=1, activation="none", samples=0, residual=False):
-        self.generator = torch.Generator().manual_seed(m)
-        self.m, self.n, self.activation = m, n, activation
+    layers: (N, rank, rows of the bias, activation, rows of the gate, whether a residual is added) of each.
+    """
+
+    def __init__(self, m, k, layers, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.m = m
         x = self.normal(m, k)
         keep = semantics.keep_mask(x.float().abs())
         self.pruned = torch.where(keep, x, torch.zeros_like(x))
-        self.values, self.metadata = layout.pack(self.pruned, keep)
-        self.scale = 0.5 + torch.rand(m, generator=self.generator)
-        self.t = self.normal(m, rank + 32)[:, 16 : 16 + rank]
-        self.weight = self.normal(n, k, scale=k**-0.5)
-        self.options = {
-            "lora_up": self.normal(n, rank, scale=rank**-0.5) if rank else None,
-            "bias": self.normal(bias, n) if bias else None,
-            "gate": self.normal(samples, n) if samples else None,
-            "residual": self.normal(m, n) if residual else None,
-        }
+        self.x = *layout.pack(self.pruned, keep), 0.5 + torch.rand(m, generator=self.generator)
+        self.layers = [
+            operands.Layer(
+                self.normal(m, rank + 32)[:, 16 : 16 + rank],
+                self.normal(n, k, scale=k**-0.5),
+                self.normal(n, rank, scale=rank**-0.5) if rank else None,
+                self.normal(bias, n) if bias else None,
+                activation,
+                self.normal(gate, n) if gate else None,
+                self.normal(m, n) if residual else None,
+            )
+            for n, rank, bias, activation, gate, residual in layers
+        ]
 
     def normal(self, *shape, scale=1.0):
         return (scale * torch.randn(*shape, generator=self.generator)).bfloat16()
 
-    def exact(self, change, activation):
-        operands = (self.pruned, self.scale, self.t, self.weight)
-        options = {name: None if x is None else change(x) for name, x in self.options.items()}
-        return semantics.sparse_linear(*map(change, operands), **options, activation=activation)
+    def exact(self, layer, change=torch.Tensor.double):
+        t, weight, *rest = layer
+        up, bias, activation, gate, residual = (change(v) if torch.is_tensor(v) else v for v in rest)
+        return semantics.sparse_linear(
+            change(self.pruned), change(self.x[2]), change(t), change(weight),
+            lora_up=up, bias=bias, activation=activation, gate=gate, residual=residual,
+        )  # fmt: skip
 
-    def check(self, emulator, tile):
-        """All of y within one rounding of the exact result, and nothing around it written."""
-        options = {**self.options, "activation": self.activation, "tile": tile}
-        call = gemm_sm90.prepare(self.values, self.metadata, self.scale, self.t, self.weight, **options)
-        whole = torch.full((self.m + 2 * GUARD, self.n), torch.nan, dtype=torch.bfloat16)
-        y = whole[GUARD:-GUARD]
-        emulator.run(call, [y], seed=self.m)
-        exact = self.exact(torch.Tensor.double, self.activation)
-        magnitude = self.exact(lambda x: x.double().abs(), "none")
-        assert ((y.double() - exact).abs() <= 0.00392 * exact.abs() + 1e-5 * magnitude + 1e-37).all()
-        assert whole.isnan().sum() == whole.numel() - y.numel()
+    def check(self, emulator, tile, beside=0):
+        """All of y within one rounding of the exact result, and nothing beside it written."""
+        widths = [layer.weight.shape[0] for layer in self.layers]
+        stride = widths[0] + beside if beside else 0
+        call = gemm_sm90.prepare_all(*self.x, self.layers, tile=tile, y_stride=stride)
+        whole = [
+            torch.full((self.m + 2 * GUARD, stride or n), torch.nan, dtype=torch.bfloat16) for n in widths
+        ]
+        emulator.run(call, [y[GUARD:] for y in whole], seed=self.m)
+        for n, y, layer in zip(widths, whole, self.layers, strict=True):
+            own = y[GUARD:-GUARD, :n]
+            exact, magnitude = self.exact(layer), self.exact(layer, lambda v: v.double().abs())
+            error = (own.double() - exact).abs()
+            assert (error <= 0.00392 * exact.abs() + 1e-5 * magnitude + 1e-37).all()
+            assert y.isnan().sum() == y.numel() - own.numel()
+        return len(call.launches)
 
 
 @pytest.mark.parametrize("tile", [WIDE, THREE], ids=str)
-def test_several_tiles_a_block(folder, tile):
-    """Rows that fill more than one cluster, columns past the end, a LoRA step that is half empty."""
-    Case(700, 592, 192, rank=80).check(Emulator(folder), tile)
+def test_layers_of_one_launch(folder, tile):
+    """Several widths, ranks and biases; rows that fill more than one cluster, and columns past the end."""
+    layers = [
+        (400, 64, 1, "none", 0, False),
+        (208, 0, 0, "none", 0, False),
+        (16, 80, 1, "none", 0, False),
+    ]
+    assert Case(520, 192, layers).check(Emulator(folder), tile) == 1
 
 
-@pytest.mark.parametrize(("rows", "samples"), [(64, 2), (33, 4)])
+def test_every_second_tile_walks_k_backwards(folder):
+    Case(300, 320, [(1040, 16, 1, "none", 0, False)]).check(Emulator(folder), TALL, beside=64)
+
+
+@pytest.mark.parametrize("rows", [64, 33])
 @pytest.mark.parametrize("tile", [TALL, ALONG_N], ids=str)
-def test_gate_residual_and_samples(folder, tile, rows, samples):
+def test_gate_residual_and_samples(folder, tile, rows):
     """Samples that end where a block of rows does, and inside one."""
-    case = Case(4 * rows, 272, 128, rank=16, bias=4, activation="gelu", samples=samples, residual=True)
-    case.check(Emulator(folder), tile)
+    layers = [(272, 16, 4, "gelu", 2, True)]
+    Case(4 * rows, 128, layers, seed=rows).check(Emulator(folder), tile)
 
 
 def test_a_slot_given_up_too_early_shows(folder):
@@ -96,13 +119,12 @@ def test_a_slot_given_up_too_early_shows(folder):
         return source.replace(late, early)
 
     with pytest.raises(AssertionError):
-        Case(300, 304, 640).check(Emulator(folder, edit), TALL)
+        Case(300, 640, [(304, 0, 0, "none", 0, False)]).check(Emulator(folder, edit), TALL)
 
 
 def test_an_arrival_that_is_missing_shows(folder):
     def edit(source):
-        assert "if (r > 0) release_previous();" in source
         return source.replace("if (r > 0) release_previous();", "")
 
     with pytest.raises(RuntimeError, match="deadlock"):
-        Case(300, 304, 320, rank=256).check(Emulator(folder, edit), TALL)
+        Case(300, 320, [(304, 256, 0, "none", 0, False)]).check(Emulator(folder, edit), TALL)
