@@ -45,7 +45,7 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
         operands = [node for node in _operands(site) if node is not None]
         if any(mutations.between(node, first, site.y) for node in operands):
             return 0
-        if not all(hoist(node, first, position) for node in operands):
+        if not all(hoist(node, first, position, mutations) for node in operands):
             return 0
     columns: list[int] = []
     for index, site in enumerate(layers):

@@ -151,8 +151,10 @@ def _residual(site: Site, mutations: Mutations) -> bool:
 def _concatenation(site: Site, mutations: Mutations) -> bool:
     """cat([x, y]), along the channels or along the tokens of (samples, tokens, channels)."""
     readers = real_users(site.out)
-    if len(readers) != 1 or len(site.out.users) != 1 or kind(readers[0]) != "cat" or site.note.min_tokens > 1:
+    if len(readers) != 1 or len(site.out.users) != 1 or kind(readers[0]) != "cat":
         return False
+    if any(layer.note.min_tokens > 1 for layer in sites_of(site.sparsify)):
+        return False  # the op that chooses writes whole outputs
     cat, out = readers[0], tensor(site.out)
     parts = arg(cat, "tensors")
     if len(parts) != 2 or parts[1] is not site.out or parts[0] is site.out or out is None:
@@ -208,4 +210,5 @@ def _alike(operand: Tensor, out: Tensor) -> bool:
 
 def _siblings_choose(site: Site) -> bool:
     """Layers of one X that choose together at run time cannot wait for each other's output."""
-    return site.note.min_tokens > 1 and len(sites_of(site.sparsify)) > 1
+    layers = sites_of(site.sparsify)
+    return len(layers) > 1 and any(layer.note.min_tokens > 1 for layer in layers)

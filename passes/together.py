@@ -46,7 +46,7 @@ def _moves(site: Site, before: fx.Node, position: dict[fx.Node, int], mutations:
     reads = site.y.all_input_nodes
     if any(mutations.between(read, before, site.y) for read in reads):
         return False
-    return all(hoist(read, before, position) for read in reads)
+    return all(hoist(read, before, position, mutations) for read in reads)
 
 
 def _rewrite(group: list[Site], mutations: Mutations) -> None:
@@ -68,14 +68,19 @@ def _rewrite(group: list[Site], mutations: Mutations) -> None:
         replace(site.y, output)
 
 
-def hoist(node: Any, before: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Move what computes an operand (padding, stacking and scaling of factors) in front of `before`."""
+def hoist(node: Any, before: fx.Node, position: dict[fx.Node, int], mutations: Mutations) -> bool:
+    """Move what computes an operand (padding, stacking and scaling of factors) in front of `before`.
+
+    False, and the operand where it was, if that could change its value.
+    """
     if node not in position or position[node] < position[before]:
         return True
     pure = is_fresh(node) or kind(node) in CASTS or kind(node) == "narrow"
     if not pure or node.target in _SPARSE:
         return False
-    if not all(hoist(source, before, position) for source in node.all_input_nodes):
+    if mutations.reach([node], before):
+        return False
+    if not all(hoist(source, before, position, mutations) for source in node.all_input_nodes):
         return False
     before.prepend(node)
     position[node] = position[before] - 1

@@ -174,8 +174,11 @@ def _sparse_linear_reference(
 def placed(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
     """y beside `left`, or each sample's rows of it below those of `top`."""
     if left is not None:
-        return torch.cat([left.reshape(y.shape[0], -1), y], 1)
-    return y if top is None else torch.cat([top, y.unflatten(0, (top.shape[0], -1))], 1).flatten(0, 1)
+        return torch.cat([left.reshape(y.shape[0], left.shape[-1]), y], 1)
+    if top is None:
+        return y
+    samples, n = top.shape[0], y.shape[1]
+    return torch.cat([top, y.reshape(samples, y.shape[0] // max(samples, 1), n)], 1).flatten(0, 1)
 
 
 def _sparse_linear_fake(

@@ -49,7 +49,7 @@ def fill(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
     """y with `left` or `top` in its place; y itself without either."""
     if left is not None:
         width = left.shape[-1]
-        y[:, :width].copy_(left.reshape(-1, width))
+        y[:, :width].copy_(left.reshape(y.shape[0], width))
     elif top is not None:
         y.unflatten(0, (top.shape[0], -1))[:, : top.shape[1]].copy_(top)
     return y

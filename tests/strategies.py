@@ -32,12 +32,16 @@ ACTIVATIONS: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (
 
 @dataclass
 class Drawn:
-    """A graph, the values of its inputs, and which of its layers were chosen to be sparse."""
+    """A graph, the values of its inputs, and which of its layers were chosen to be sparse.
+
+    min_tokens: of the layers but for those in `always`, which are sparse with any number of tokens.
+    """
 
     graph: fx.Graph
     inputs: list[Tensor]
     chosen: set[str] = field(default_factory=set)
     min_tokens: int = 0
+    always: set[str] = field(default_factory=set)
     compensation: str = "norm"
     exact: bool = True  # False where part of it runs in fp32
 
@@ -92,7 +96,7 @@ def rewritten(drawn: Drawn, fusions: Sequence[Callable[[fx.Graph], int]] = passe
     ]
     drawn.chosen = {linear.name for linear in linears}
     for linear in linears:
-        linear.min_tokens = drawn.min_tokens
+        linear.min_tokens = 0 if linear.name in drawn.always else drawn.min_tokens
     passes.sparsify_linears(graph, linears, drawn.compensation)
     for fuse in fusions:
         fuse(graph)
@@ -162,6 +166,7 @@ def random_graph(draw: Any, steps: int = 8) -> Drawn:
     drawn.chosen = {name for name in builder.names if draw.random() < 0.8}
     drawn.compensation = draw.choice(semantics.COMPENSATIONS)
     drawn.min_tokens = draw.choice((0, 0, 0, 2, 4, 1000))
+    drawn.always = {name for name in builder.names if draw.random() < 0.2}
     return drawn
 
 
@@ -364,6 +369,34 @@ def _step_cat(b: _Builder) -> None:
     b.keep(b.linear(x, 64))
 
 
+def _step_beside(b: _Builder) -> None:
+    """A concatenation that a layer writes a part of, along any axis, on either side, or of itself."""
+    y = b.linear(b.pick(64), b.draw.choice((64, 16)))
+    if b.draw.random() < 0.3:
+        y = b.call(*b.draw.choice(((F.silu, y), (operator.mul, y, _modulation(b, y)))))
+    shape = list(b.value(y).shape)
+    axis = b.draw.randint(0, len(shape) - 1)
+    fits = [x for x in b.live if _but(axis, b.value(x).shape) == _but(axis, shape)]
+    shape[axis] = b.draw.choice((8, 4, 1, 0, 3))
+    other = b.draw.choice(fits) if fits and b.draw.random() < 0.7 else b.input(b.random(*shape))
+    parts = b.draw.choice(([other, y], [other, y], [other, y], [y, other], [y, y], [other, y, other]))
+    whole = b.keep(b.call(torch.cat, parts, dim=b.draw.choice((axis, axis - len(shape)))))
+    if b.draw.random() < 0.2:
+        b.keep(whole)
+        b.keep(y)
+
+
+def _but(axis: int, shape: Sequence[int]) -> list[int]:
+    return [size for i, size in enumerate(shape) if i != axis] + [len(shape)]
+
+
+def _step_write_weight(b: _Builder) -> None:
+    """A weight, a bias or an adapter changes between two layers."""
+    known = [node for nodes in b.weights.values() for node in nodes]
+    if known:
+        b.call("mul_", b.draw.choice(known), 0.5)
+
+
 def _step_residual(b: _Builder) -> None:
     x = b.pick(64)
     y = b.linear(x, 64)
@@ -464,8 +497,11 @@ _STEPS: tuple[Callable[[_Builder], None], ...] = (
     ),
     *(
         _step_cat,
+        _step_beside,
+        _step_beside,
         _step_residual,
         _step_residual,
+        _step_write_weight,
         _step_lora,
         _step_view,
         _step_inplace,

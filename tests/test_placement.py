@@ -107,6 +107,22 @@ def test_the_reference_is_a_concatenation():
     assert torch.equal(expected(arguments, top=top), whole.reshape(-1, 48))
 
 
+@pytest.mark.parametrize(
+    ("rows", "left", "top"),
+    [(0, (2, 0, 8), None), (4, (4, 0), None), (0, None, (2, 3, 48)), (0, None, (0, 3, 48))],
+)
+def test_nothing_beside_or_below(rows, left, top):
+    y = torch.randn(rows, 48)
+    shapes = [None if shape is None else torch.randn(shape) for shape in (left, top)]
+    whole = ops.placed(y, *shapes)
+    assert whole.shape == (6 if top and top[0] else rows, 48 + (left[-1] if left else 0))
+
+
+def test_nothing_is_filled_in():
+    y = torch.randn(4, 48)
+    assert torch.equal(placement.fill(y.clone(), torch.randn(4, 0), None), y)
+
+
 def test_layers_together_are_checked_once_and_remembered(monkeypatch):
     made = []
 

@@ -82,6 +82,25 @@ def test_columns_of_t_follow_the_order_of_stacking():
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_what_stands_beside_a_layer_that_is_always_sparse(tokens):
+    """Its neighbour chooses for both, and the dense layer has no place for what stands beside."""
+
+    def forward(m, x):
+        return torch.cat([x, m.a(x)], -1), m.b(x)
+
+    gm = traced(function(forward, a=layer(), b=layer()), X)
+    passes.normalize(gm.graph)
+    linears = passes.find_linears(gm.graph)
+    linears[1].min_tokens = tokens
+    passes.sparsify_linears(gm.graph, linears)
+    for fuse in passes.FUSIONS:
+        fuse(gm.graph)
+    gm.recompile()
+    assert ops_of(gm)["linears"] == 1
+    assert [tuple(y.shape) for y in gm(X)] == [(2, 5, 128), (2, 5, 64)]
+
+
 def test_one_graph_serves_every_number_of_tokens():
     torch._dynamo.reset()
     lynx_compile.clear_report()

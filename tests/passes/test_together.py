@@ -62,6 +62,22 @@ def test_a_layer_that_waits_for_another_runs_where_it_did():
     torch.testing.assert_close(gm(X.double()), want)
 
 
+def test_what_an_operand_is_made_of_may_be_written_to_in_between():
+    def forward(m, x):
+        fresh = m.k.bias * 2  # an input of the graph might be a view of a weight
+        q = m.q(x)
+        fresh.add_(1)
+        return q, F.linear(x, m.k.weight, fresh * 3)
+
+    gm = sparsified(function(forward, q=layer(), k=layer(32)).double(), X.double())
+    want = gm(X.double())
+    run_together(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    for got, expected in zip(gm(X.double()), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_layers_on_both_sides_of_a_write_are_left():
     def forward(m, x):
         q = m.q(x)
