@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import layout
 from .calls import Call, Launch
 from .operands import ALIGNMENT
+
+_WIDE = torch.complex128
 
 
 def prepare(
@@ -49,10 +52,25 @@ def fill(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
     """y with `left` or `top` in its place; y itself without either."""
     if left is not None:
         width = left.shape[-1]
-        y[:, :width].copy_(left.reshape(y.shape[0], width))
+        _copy(y[:, :width], left.reshape(y.shape[0], width))
     elif top is not None:
-        y.unflatten(0, (top.shape[0], -1))[:, : top.shape[1]].copy_(top)
+        _copy(y.unflatten(0, (top.shape[0], -1))[:, : top.shape[1]], top)
     return y
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    """to.copy_(source), in elements of 16 bytes: torch copies what has gaps element by element."""
+    if _is_wide(to) and _is_wide(source):
+        to, source = to.view(_WIDE), source.view(_WIDE)
+    to.copy_(source)
+
+
+def _is_wide(part: Tensor) -> bool:
+    """Whether rows are whole numbers of such elements, at addresses where they may lie."""
+    *gaps, step = part.stride()
+    steps = (part.shape[-1], *gaps, part.storage_offset())
+    aligned = not any(size * part.element_size() % _WIDE.itemsize for size in steps)
+    return aligned and step == 1 and part.data_ptr() % _WIDE.itemsize == 0
 
 
 def _moved(call: Call, offset: int) -> list[Launch]:
