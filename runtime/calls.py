@@ -25,7 +25,7 @@ from .launch import Grid, Kernel
 
 log = logging.getLogger(__name__)
 
-MAX_CALLS = 4096  # of one op that are remembered
+MAX_CALLS = 1024  # of one op that are remembered, 10 KB each
 MAX_CHECKS = 4  # of one call: inference mode or not, inside the dispatcher or in front of it
 
 Sizes = tuple[int, ...]
