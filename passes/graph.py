@@ -160,8 +160,11 @@ ROW_MAJOR_VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "unsquee
 
 
 def kind(node: Any) -> str:
-    """The op behind any of its spellings ("linear", "add", …); "" for what the passes do not know."""
-    if not isinstance(node, fx.Node):
+    """The op behind any of its spellings ("linear", "add", …); "" for what the passes do not know.
+
+    They know nothing that writes to an `out=`: its result is not all that it does.
+    """
+    if not isinstance(node, fx.Node) or node.kwargs.get("out") is not None:
         return ""
     if node.op == "call_function":
         return _KINDS.get(node.target, "")

@@ -119,7 +119,7 @@ def is_fresh(node: fx.Node) -> bool:
     """Whether a node is known to return memory that nothing else in the graph can see."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
-    if _flag(node, "inplace") or node.kwargs.get("out") is not None:
+    if _flag(node, "inplace"):
         return False
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "rt_lynx":
         return True

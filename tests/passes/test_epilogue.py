@@ -59,6 +59,25 @@ def test_left_alone(forward):
     )
 
 
+@pytest.mark.parametrize(
+    ("write", "width"),
+    [
+        (lambda x, y, out: torch.add(x, y, out=out), 64),
+        (lambda x, y, out: torch.cat([x, y], -1, out=out), 128),
+    ],
+)
+def test_what_is_written_to_an_out_is_left_alone(write, width):
+    def forward(m, x, gate):
+        out = x.new_zeros(2, 5, width)
+        write(x, m.a(x), out)
+        return out
+
+    unchanged = {"sparse_linear": 1}
+    check_fusion(
+        function(forward, a=nn.Linear(64, 64)), [X, GATE], fold_epilogues, unchanged, unchanged, count=0
+    )
+
+
 def test_a_reshape_of_the_model_is_not_taken_for_ours():
     """The output is two-dimensional, so nothing stands between it and the model's own reshape."""
     module = function(lambda m, x, gate: m.a(x[0]).reshape(5, 64) + x[0], a=nn.Linear(64, 64))
