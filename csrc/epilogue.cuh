@@ -64,6 +64,18 @@ struct Vectors {
     }
 };
 
+// Where 32 columns of the residual are. In shared memory: this warp's 16 rows of 64 columns in 128-byte swizzle, of
+// which the four 16-byte chunks from `chunk` on are these; `at` is 0 without a residual.
+struct Boxes {
+    u32 at;
+    int chunk;
+};
+
+// In global memory: the whole matrix; null without a residual.
+struct Global {
+    const unsigned short* residual;
+};
+
 // The 16 rows of a warp in a 64-row block. A wgmma accumulator tile gives each lane, for each 8 columns, two
 // neighbours in row lane / 4 and two in row lane / 4 + 8: `half` 0 and 1 below.
 // kTail: a gate, a residual or samples that meet inside a warpgroup; which of them is told at run time.
@@ -74,15 +86,15 @@ struct Rows {
     unsigned short* y;    // first row and column this lane stores
     int stride;           // elements from row to row of y
     u32 bias_at[2], gate_at[2];  // where this lane's two rows find their first elements, if nothing is staged
+    int row, column;      // of y, the first ones this lane stores
     int valid, columns;   // rows and columns from this lane's first ones on that are in the matrix
     int lane;
 
     __device__ __forceinline__ Rows(unsigned short* y, int stride, const Vectors<Element, kWidth, kTail>& vectors,
                                     const float* staged, int m, int first_row, int column, int lane)
-        : vectors(vectors), staged(staged + 2 * (lane % 4)), stride(stride), valid(m - first_row - lane / 4),
-          columns(vectors.n - column - 8 * (lane % 4)), lane(lane) {
-        const int row = first_row + lane / 4;
-        this->y = y + (u64(row) * stride + column + 8 * (lane % 4));
+        : vectors(vectors), staged(staged + 2 * (lane % 4)), stride(stride), row(first_row + lane / 4),
+          column(column + 8 * (lane % 4)), valid(m - row), columns(vectors.n - this->column), lane(lane) {
+        this->y = y + (u64(row) * stride + this->column);
         if (kTail && !vectors.together)
             for (int half = 0; half < 2; ++half) {
                 const int own = min(row + 8 * half, m - 1), at = column + 2 * (lane % 4);
@@ -98,14 +110,29 @@ struct Rows {
         return {Element::low(word), Element::high(word)};
     }
 
-    // Columns `from` … + 31, accumulators d[0 … 15]. residual: shared memory with this warp's 16 rows of 64 columns
-    // in 128-byte swizzle, of which the four 16-byte chunks from `chunk` on are these columns; 0 without one.
-    __device__ __forceinline__ void store(const float* d, int from, u32 residual, int chunk) const {
+    // The residual of rows 8 · half … + 7 as the accumulators have it.
+    __device__ __forceinline__ bool residual(u32 (&to)[4], Boxes boxes, int, int half) const {
+        if (boxes.at == 0) return false;
+        ptx::load_matrices(to, boxes.at + (8 * half + lane % 8) * 128 + (boxes.chunk + lane / 8 ^ lane % 8) * 16);
+        return true;
+    }
+
+    __device__ __forceinline__ bool residual(u32 (&to)[4], Global global, int from, int half) const {
+        if (global.residual == nullptr) return false;
+        to[0] = to[1] = to[2] = to[3] = 0;
+        if (valid > 8 * half && from < columns)
+            ptx::load_global(to, global.residual + u64(row + 8 * half) * vectors.n + column + from);
+        transpose_in_quad(to, lane);
+        return true;
+    }
+
+    // Columns `from` … + 31, accumulators d[0 … 15]. Residual: Boxes or Global.
+    template <class Residual>
+    __device__ __forceinline__ void store(const float* d, int from, Residual where) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // one after the other: registers are scarce
             u32 out[4], added[4];
-            if (kTail && residual != 0)
-                ptx::load_matrices(added, residual + (8 * half + lane % 8) * 128 + (chunk + lane / 8 ^ lane % 8) * 16);
+            const bool adds = kTail && residual(added, where, from, half);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int at = from + 8 * j;
@@ -121,7 +148,7 @@ struct Rows {
                 float v[2] = {d[4 * j + 2 * half] + bias.x, d[4 * j + 2 * half + 1] + bias.y};
                 lynx::activate_all<kActivation>(v);
                 if (kTail) v[0] *= gate.x, v[1] *= gate.y;
-                if (kTail && residual != 0) v[0] += Element::low(added[j]), v[1] += Element::high(added[j]);
+                if (adds) v[0] += Element::low(added[j]), v[1] += Element::high(added[j]);
                 out[j] = Element::pack(v[0], v[1]);
             }
             transpose_in_quad(out, lane);

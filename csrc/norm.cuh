@@ -93,4 +93,24 @@ __device__ __forceinline__ Statistics row_statistics(const SparsifyParams& p, co
     return stats;
 }
 
+// For a launch that deflates, and there.
+__device__ __forceinline__ void keep_statistics(const SparsifyParams& p, const Position& at, const Statistics& stats) {
+    if (at.q != 0 || at.column_warp != 0 || at.rank != 0) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = at.first_row + at.row_in_tile + 8 * h;
+        if (row < p.m) p.statistics[row] = make_float2(stats.mean[h], stats.inverse[h]);
+    }
+}
+
+__device__ __forceinline__ Statistics kept_statistics(const SparsifyParams& p, const Position& at) {
+    Statistics stats;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float2 kept = p.statistics[min(at.first_row + at.row_in_tile + 8 * h, p.m - 1)];
+        stats.mean[h] = kept.x, stats.inverse[h] = kept.y;
+    }
+    return stats;
+}
+
 }  // namespace lynx

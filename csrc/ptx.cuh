@@ -148,6 +148,25 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return value;
 }
 
+__device__ __forceinline__ void load_shared(float (&to)[4], u32 address) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Four floats to the same shared-memory offset in block `rank` of the cluster.
+__device__ __forceinline__ void store_remote(u32 address, u32 rank, const float* from) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n"
+        "}\n" ::"r"(address),
+        "r"(rank), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+        : "memory");
+}
+
 // Volatile to the assembler too: it must not keep values of an earlier load in registers instead.
 __device__ __forceinline__ float2 load_shared_pair(const float* from) {
     float2 value;
@@ -169,6 +188,13 @@ __device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 address) {
 __device__ __forceinline__ void store_global(void* to, const u32 (&value)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value[0]), "r"(value[1]), "r"(value[2]),
                  "r"(value[3])
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_global(u32 (&to)[4], const void* from) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from)
                  : "memory");
 }
 

@@ -8,10 +8,11 @@
 //     residual   128 columns of the output, 64 rows a warpgroup           added in the epilogue
 //
 // so the epilogue of a tile overlaps the loads of the next one, and the accumulators never leave registers.
-// Blocks of a cluster share the tiles they have in common by multicast. One launch multiplies X with the weights of
-// up to kLayers layers, each with its own N, bias, LoRA branch and y.
+// Blocks of a cluster share the tiles they have in common by multicast; or, where tiles are few, each computes a part
+// of K of one tile. One launch multiplies X with the weights of up to kLayers layers, each with its own N, bias, LoRA
+// branch and y.
 //
-// Macros (runtime/gemm_sm90.py): BF16, CONSUMERS, BLOCKS, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, ACTIVATION,
+// Macros (runtime/gemm_sm90.py): BF16, CONSUMERS, BLOCKS, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT, ACTIVATION,
 // HAS_TAIL.
 
 #include "epilogue.cuh"
@@ -29,7 +30,8 @@ constexpr int kTileN = TILE_N;
 constexpr int kStages = STAGES;
 constexpr int kClusterM = CLUSTER_M;
 constexpr int kClusterN = CLUSTER_N;
-constexpr int kCluster = kClusterM * kClusterN;
+constexpr int kSplit = SPLIT;  // parts of K, one for each block of a cluster
+constexpr int kCluster = kClusterM * kClusterN * kSplit;
 
 constexpr int kStepK = 64;     // dense columns of a sparse step: 128 bytes of a weight row, 64 of a value row
 constexpr int kLoraStep = 32;  // rank of a LoRA step: 64 bytes of a row of t and of B
@@ -43,6 +45,7 @@ constexpr int kLayers = 4;  // of one launch, at most
 
 constexpr int kBoxBytes = 64 * 64 * 2;  // of the residual: 64 rows, 64 columns
 constexpr int kBoxes = kTileN % 128 == 0 && kConsumers * 2 * kBoxBytes <= kWeightBytes + kValueBytes ? 2 : 1;  // a step
+constexpr bool kRingResidual = HAS_TAIL && kSplit == 1;  // otherwise the epilogue loads it
 constexpr int kVectors = HAS_TAIL ? 2 : 1;    // staged per column: the bias, and the gate
 constexpr int kVectorBytes = 2 * kConsumers * kVectors * kTileN * 4;
 constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages * 8;
@@ -57,7 +60,11 @@ static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= kRegisters
 static_assert(kConsumers * kBoxBytes <= kWeightBytes + kValueBytes, "a residual step must fit into a slot");
 static_assert(kSharedBytes <= 227 * 1024, "the ring must fit into shared memory: fewer stages or a smaller tile");
 static_assert(kTileM % (64 * kClusterN) == 0 && kTileN % (8 * kClusterM) == 0, "each block loads whole swizzle atoms");
-static_assert(!HAS_TAIL || kTileN % 64 == 0, "a box of the residual is 64 columns wide");
+static_assert(!kRingResidual || kTileN % 64 == 0, "a box of the residual is 64 columns wide");
+static_assert(kSplit == 1 || kClusterM * kClusterN == 1, "a cluster shares operands or splits K");
+static_assert(kTileN / kSplit % 32 == 0, "each block of a split stores whole groups of columns");
+static_assert(kSplit == 1 || (kSplit - 1) * kTileM * kTileN / kSplit * 4 <= kStages * kSlotBytes,
+              "partial sums must fit into the ring");
 static_assert(kTileM <= 256 && kTileN <= 256, "a box of the copy engine has at most 256 rows");
 
 struct Params {
@@ -69,6 +76,7 @@ struct Params {
     const u32* metadata;              // (⌈M/64⌉, K/64, 128)
     const float* scale;               // (M)
     const unsigned short* gate;       // (samples, N) or null; only for a single layer
+    const unsigned short* residual_at;  // (M, N) or null: the same as `residual`
     const unsigned short* bias[kLayers];  // (samples, N) or null
     unsigned short* y[kLayers];           // (M, N), rows y_stride elements apart
     int n[kLayers], y_stride[kLayers], lora_steps[kLayers];
@@ -77,19 +85,20 @@ struct Params {
     int columns;                      // of clusters, of all layers
     int m, k_steps, gate_rows;
     int raster;                       // cluster rows that are walked together before the next columns
-    int has_residual;
 };
 
 // ---- which tile, which slot --------------------------------------------------------------------------------
 
 // Tiles in clusters: column by column within a group of `raster` rows, so that the tiles in flight at one time
 // share few rows of X and few of W. It keeps one number and recomputes the rest: registers are scarce.
+// A split has a cluster for every tile, because partial sums use the ring: no step of another tile may be in it.
 struct Schedule {
     int next = blockIdx.x / kCluster;
     int layer, row, column;  // of this block's tile: its layer, its first row and column
 
     // On to the next tile; false when there is none.
     __device__ __forceinline__ bool advance(const Params& p, int rank) {
+        if (kSplit > 1) rank = 0;
         const int rows = (p.m + kTileM * kClusterM - 1) / (kTileM * kClusterM);
         if (next >= rows * p.columns) return false;
         const int group = next / (p.raster * p.columns), rest = next - group * p.raster * p.columns;
@@ -104,6 +113,17 @@ struct Schedule {
         return true;
     }
 };
+
+// Sparse steps and LoRA steps of a block: all, or those of its part of K and every kSplit-th.
+struct Steps {
+    int first, count;
+
+    __device__ __forceinline__ Steps(const Params& p, int rank)
+        : first(kSplit == 1 ? 0 : rank * p.k_steps / kSplit),
+          count(kSplit == 1 ? p.k_steps : (rank + 1) * p.k_steps / kSplit - first) {}
+};
+
+__device__ __forceinline__ int first_lora_step(int rank) { return kSplit == 1 ? 0 : rank; }
 
 struct Ring {
     u32 slots, full, empty;  // shared-memory addresses
@@ -135,7 +155,8 @@ __device__ __forceinline__ unsigned short column_mates(int rank) {
 // Run by one warp. Lane 0 loads rows of W, lane 1 rows of X, each lane after them the metadata of one block.
 __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
     constexpr int kPartM = kTileM / kClusterN, kPartN = kTileN / kClusterM, kPartBlocks = kPartM / 64;
-    const int part_m = rank / kClusterM, part_n = rank % kClusterM;
+    const int part_m = kSplit == 1 ? rank / kClusterM : 0, part_n = rank % kClusterM;
+    const Steps steps(p, rank);
     const unsigned short along_n = row_mates(rank), along_m = column_mates(rank);
     Schedule tile;
     for (bool back = false; tile.advance(p, rank); back = !back) {
@@ -144,8 +165,8 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
         // Rows past M are zeros; they take the metadata of the last block so that it is always valid.
         const int block = min(row / 64 + lane - 2, (p.m - 1) / 64);
         // Every second tile walks K backwards: it begins with what the tile before has just read.
-        for (int i = 0; i < p.k_steps; ++i, ring.advance()) {
-            const int k = back ? p.k_steps - 1 - i : i;
+        for (int i = 0; i < steps.count; ++i, ring.advance()) {
+            const int k = steps.first + (back ? steps.count - 1 - i : i);
             ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
             const u32 full = ring.full_barrier(), weight = ring.slot(), values = weight + kWeightBytes;
             if (lane == 0) {
@@ -161,7 +182,7 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
                                                  full, along_n);
             }
         }
-        for (int r = 0; r < p.lora_steps[tile.layer]; ++r, ring.advance()) {
+        for (int r = first_lora_step(rank); r < p.lora_steps[tile.layer]; r += kSplit, ring.advance()) {
             ptx::barrier_wait(ring.empty_barrier(), ring.phase ^ 1);
             const u32 full = ring.full_barrier(), up = ring.slot(), t = up + kWeightBytes;
             if (lane == 0) {
@@ -173,7 +194,7 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
                                                along_n);
             }
         }
-        if (HAS_TAIL && p.has_residual) {
+        if (kRingResidual && p.residual_at != nullptr) {
             const int warpgroup = lane / kBoxes, box = lane % kBoxes;
             for (int block = 0; block < kBlocks; ++block)
                 for (int c = 0; c < kTileN; c += 64 * kBoxes, ring.advance()) {
@@ -196,6 +217,7 @@ using Tile = wgmma::Tile<kTileN>;
 using Element = lynx::ElementOf<!kBf16>::Type;
 using Vectors = epilogue::Vectors<Element, kTileN, HAS_TAIL>;
 using Rows = epilogue::Rows<Element, ACTIVATION, HAS_TAIL, kTileN>;
+constexpr int kPart = kTileN / kSplit;  // columns a block stores
 
 template <int kSelector>
 __device__ __forceinline__ void multiply_sparse(float (&d)[Tile::kCount], u64 a, u64 b, u32 metadata, int accumulate) {
@@ -280,31 +302,72 @@ struct Consumer {
         ring.advance();
     }
 
-    __device__ __forceinline__ void store_tile(const Schedule& tile, int first_row, const Vectors& vectors,
-                                               const float* staged) {
+    // Where a thread keeps the partial sums of block `from`: pieces of 16 bytes, thread beside thread.
+    __device__ __forceinline__ u32 partial(int from, int b, int piece) const {
+        const int at = (from * kBlocks + b) * (kPart / 8) + piece;
+        return ring.slots + ((at * kConsumers + group) * 128 + warp * 32 + lane) * 16;
+    }
+
+    // Gives each other block of the cluster what this one has of that one's columns, and adds what they have of its
+    // own: block i ends with all of columns i · kPart … of the tile. The sum's order is that of the blocks.
+    __device__ __forceinline__ void exchange(int rank) {
+        ptx::cluster_sync();  // nothing is left in any ring
+#pragma unroll
+        for (int to = 0; to < kSplit; ++to)
+            if (to != rank)
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                    for (int i = 0; i < kPart / 8; ++i)
+                        ptx::store_remote(partial(rank - (rank > to), b, i), to, acc[b] + to * kPart / 2 + 4 * i);
+        ptx::cluster_sync();
+#pragma unroll
+        for (int own = 0; own < kSplit; ++own)
+            if (own == rank)
+#pragma unroll
+                for (int from = 0; from < kSplit - 1; ++from)
+#pragma unroll
+                    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+                        for (int i = 0; i < kPart / 8; ++i) {
+                            float other[4];
+                            ptx::load_shared(other, partial(from, b, i));
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) acc[b][own * kPart / 2 + 4 * i + j] += other[j];
+                        }
+    }
+
+    // Columns from, from + 32, … + kPart − 1 of the tile.
+    template <int kFrom>
+    __device__ __forceinline__ void store_columns(const Schedule& tile, int first_row, const Vectors& vectors,
+                                                  const float* staged) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
             const Rows rows(p.y[tile.layer], p.y_stride[tile.layer], vectors, staged, p.m,
                             first_row + b * 64 + warp * 16, tile.column, lane);
 #pragma unroll
-            for (int c = 0; c < kTileN; c += 32) {
-                u32 residual = 0;
-                if (HAS_TAIL && p.has_residual) {
-                    if (c % (64 * kBoxes) == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
-                    residual = ring.slot() + (group * kBoxes + c / 64 % kBoxes) * kBoxBytes + warp * 16 * 128;
-                }
-                rows.store(acc[b] + c / 2, c, residual, c % 64 / 8);
-                if (HAS_TAIL && p.has_residual && c % (64 * kBoxes) == 64 * kBoxes - 32) {
-                    ptx::named_sync(1 + group, 128);  // all four warps have read it
-                    release(ring.stage);
-                    ring.advance();
+            for (int c = kFrom; c < kFrom + kPart; c += 32) {
+                if constexpr (kRingResidual) {
+                    u32 residual = 0;
+                    if (p.residual_at != nullptr) {
+                        if (c % (64 * kBoxes) == 0) ptx::barrier_wait(ring.full_barrier(), ring.phase);
+                        residual = ring.slot() + (group * kBoxes + c / 64 % kBoxes) * kBoxBytes + warp * 16 * 128;
+                    }
+                    rows.store(acc[b] + c / 2, c, epilogue::Boxes{residual, c % 64 / 8});
+                    if (p.residual_at != nullptr && c % (64 * kBoxes) == 64 * kBoxes - 32) {
+                        ptx::named_sync(1 + group, 128);  // all four warps have read it
+                        release(ring.stage);
+                        ring.advance();
+                    }
+                } else {
+                    rows.store(acc[b] + c / 2, c, epilogue::Global{HAS_TAIL ? p.residual_at : nullptr});
                 }
             }
         }
     }
 
     __device__ __forceinline__ void run(int rank, float* vector_buffers) {
-        const int thread = warp * 32 + lane;
+        const int thread = warp * 32 + lane, steps = Steps(p, rank).count;
         Schedule tile;
         for (int parity = 0; tile.advance(p, rank); parity ^= 1) {
             const int first_row = tile.row + group * kBlocks * 64;
@@ -320,17 +383,17 @@ struct Consumer {
             vectors.load(min(first_row, p.m - 1), min(first_row + kBlocks * 64, p.m) - 1, tile.column, thread);
 
             int k = 0;
-            for (; k + 2 <= p.k_steps; k += 2) {
+            for (; k + 2 <= steps; k += 2) {
                 sparse_step(k);
                 sparse_step(k + 1);
             }
-            if (k < p.k_steps) sparse_step(k);
+            if (k < steps) sparse_step(k);
             finish_steps();
 #pragma unroll
             for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
                 for (int i = 0; i < Tile::kCount; ++i) acc[b][i] *= scale[b][i / 2 % 2];
-            const int lora_steps = p.lora_steps[tile.layer];
+            const int lora_steps = (p.lora_steps[tile.layer] - first_lora_step(rank) + kSplit - 1) / kSplit;
             if (lora_steps > 0) {
                 for (int r = 0; r < lora_steps; ++r) lora_step(r);
                 finish_steps();
@@ -338,7 +401,16 @@ struct Consumer {
             float* staged = vector_buffers + (parity * kConsumers + group) * kVectors * kTileN;
             vectors.stage(staged, thread);
             ptx::named_sync(1 + group, 128);  // the vectors are staged; the buffer of the tile before is free
-            store_tile(tile, first_row, vectors, staged);
+            if constexpr (kSplit == 1) {
+                store_columns<0>(tile, first_row, vectors, staged);
+            } else {
+                exchange(rank);
+                if (rank == 0) store_columns<0>(tile, first_row, vectors, staged);
+                if (rank == 1) store_columns<kPart>(tile, first_row, vectors, staged);
+                if (kSplit > 2 && rank == 2) store_columns<2 % kSplit * kPart>(tile, first_row, vectors, staged);
+                if (kSplit > 3 && rank == 3) store_columns<3 % kSplit * kPart>(tile, first_row, vectors, staged);
+                break;  // there is no other tile: said so that the sums do not look as if a next one started from them
+            }
         }
     }
 };
@@ -380,11 +452,12 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
         ptx::shrink_registers<kProducerRegisters>();
         if (warp == 4 * kConsumers) produce(p, ring, rank, lane);
         __syncwarp();
+        if constexpr (kSplit > 1) ptx::cluster_sync(), ptx::cluster_sync();  // both of `exchange`
     } else {
         ptx::grow_registers<kConsumerRegisters>();
         const u32 words = kWeightBytes + kValueBytes + (warpgroup * kBlocks * kWords + threadIdx.x % 128) * 4;
         Consumer{p, ring, warpgroup, warp % 4, lane, mate(rank, threadIdx.x % 128), ptx::keep(words)}.run(rank, vectors);
     }
     // A block may not leave while another one still writes to its memory or arrives on its barriers.
-    if constexpr (kCluster > 1) ptx::cluster_sync();
+    if constexpr (kCluster > 1 && kSplit == 1) ptx::cluster_sync();
 }

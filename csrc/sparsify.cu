@@ -13,9 +13,10 @@
 // memory; a norm leaves x there between its two passes. With LoRA one more warp copies the weight, and warps of
 // one column share it: they wait for each other only when one is STAGES rounds ahead.
 //
-// Macros (see runtime/sparsify_kernel.py): FLOAT16, PRODUCER, ACTIVATION, RANK (padded; 0 without LoRA), storage
-// of WEIGHT, BIAS, MULT, ADD, SHIFT, SCORE, and the geometry ROW_WARPS, COLUMN_WARPS, SPLITS, STAGES, MIN_BLOCKS.
+// Macros (see runtime/sparsify_kernel.py): FLOAT16, PRODUCER, ACTIVATION, RANK (padded; 0 without LoRA),
+// DEFLATE, storage of WEIGHT, BIAS, MULT, ADD, SHIFT, SCORE, and the geometry ROW_WARPS, COLUMN_WARPS, SPLITS, STAGES, MIN_BLOCKS.
 
+#include "deflate.cuh"
 #include "norm.cuh"
 #include "prune.cuh"
 #include "sums.cuh"
@@ -129,7 +130,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
 
     const Position at(p);
     const int chunks = p.k / kChunk;
-    const int held_rounds = kNorm ? p.held_rounds : 0;
+    const int held_rounds = kTwoPasses ? p.held_rounds : 0;
 
 #if LYNX_SM90
     __shared__ u64 cluster_barriers[2];  // of the moments, of the sums
@@ -165,7 +166,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     if constexpr (kPerSample || kRank > 0) __syncthreads();
 
     const u32 memory = shared_address(dynamic);
-    const u32 slot_rounds = kNorm ? p.slot_rounds : kStages;
+    const u32 slot_rounds = kTwoPasses ? p.slot_rounds : kStages;
     const u32 stages = memory + (kWarpgroup ? slot_rounds * kSlots * kSlotBytes : 0);
     const u32 all_slots = kWarpgroup ? memory : stages + kLoraMemory + kStages * kWorkers / 32 * kVectorBytes;
     float* const partial = reinterpret_cast<float*>(dynamic);
@@ -200,9 +201,14 @@ sparsify(const __grid_constant__ SparsifyParams p) {
         const u32 slots = all_slots + warp * kSlotBytes;
         VectorCopy vector_copy(p, at, samples, vector_slots);
         Statistics stats;
-        if constexpr (kNorm) {
+        if constexpr (kTwoPasses) {
             stats = row_statistics(p, at, slots, moments_barrier, moments);
+            if (p.statistics != nullptr) keep_statistics(p, at, stats);
+        } else if constexpr (kNorm) {
+            stats = kept_statistics(p, at);
         }
+        Deflation deflation;
+        if constexpr (kDeflate) deflation.load(p, at);
         InputCopy input_copy(p, at, slots, held_rounds);
 #pragma unroll 1
         for (int s = 0; s < kAhead; ++s) {
@@ -236,7 +242,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
                 barrier_wait(lora_barriers.empty(stage, at.column_warp), before >= kStages);
             }
 #endif
-            if (!kNorm || ahead >= at.chunk(held_rounds)) input_copy.next(p, at, ahead);
+            if (!kTwoPasses || ahead >= at.chunk(held_rounds)) input_copy.next(p, at, ahead);
             vector_copy.next(at, ahead);
             copy_async_commit();
             u32 z[2][8], a[4][4];
@@ -253,8 +259,15 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             barrier_arrive(lora_barriers.full(turn < kStages ? turn : turn - kStages, at.column_warp));
             if (++turn == 2 * kStages) turn = 0;
 #endif
+            if constexpr (kDeflate) {
+                const int stage = turn < kStages ? turn : turn - kStages;
+                barrier_wait(lora_barriers.full(stage, at.column_warp), turn >= kStages);
+                deflation.take_off(z, stages + (stage * kColumnWarps + at.column_warp) * kRank * kRowBytes, at);
+                barrier_arrive(lora_barriers.empty(stage, at.column_warp));
+                if (++turn == 2 * kStages) turn = 0;
+            }
             clean_fragments(z, a);
-            if (p.values != nullptr) {
+            if (kDeflate || p.values != nullptr) {
                 u32 selection[4], kept[2][4];
                 select(a, vector_slot.at, at.q, selection);
 #pragma unroll
@@ -280,10 +293,10 @@ sparsify(const __grid_constant__ SparsifyParams p) {
                 if (rows_left <= 0) metadata = 0x44444444u;
                 if (in_row_blocks) *metadata_at = metadata;
             }
-            if constexpr (kRank > 0 && !kWarpgroup) {
+            if constexpr (kSumRank > 0 && !kWarpgroup) {
                 const int stage = turn < kStages ? turn : turn - kStages;
                 barrier_wait(lora_barriers.full(stage, at.column_warp), turn >= kStages);
-#if HELPERS != 4
+#if HELPERS != 4 && !DEFLATE
                 multiply_lora(t, a, stages + (stage * kColumnWarps + at.column_warp) * kRank * kRowBytes + at.fragment);
 #endif
                 barrier_arrive(lora_barriers.empty(stage, at.column_warp));
@@ -307,7 +320,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     if (worker) named_arrive<3, kWorkers + 128>();
 #else
     copy_async_wait<0>();
-    if constexpr (kRank > 0) {
+    if constexpr (kSumRank > 0) {
         __syncthreads();  // everybody has done with stages and slots: the partial sums take their place
         if (worker) {
 #pragma unroll

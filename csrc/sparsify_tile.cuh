@@ -12,7 +12,9 @@ using Element = ElementOf<FLOAT16>::Type;
 
 constexpr int kProducer = PRODUCER;
 constexpr int kRank = RANK;
-constexpr int kTiles = kRank ? kRank / 8 : 1;  // of 8 columns of t
+constexpr bool kDeflate = DEFLATE;              // takes t·A off z, with the t that another launch has left
+constexpr int kSumRank = kDeflate ? 0 : kRank;  // columns of t that this one computes
+constexpr int kTiles = kSumRank ? kSumRank / 8 : 1;  // of 8 columns of t
 constexpr int kRowWarps = ROW_WARPS, kColumnWarps = COLUMN_WARPS;
 constexpr int kWorkers = 32 * kRowWarps * kColumnWarps;  // threads that work on X
 // The helpers come behind, a warpgroup at a multiple of four warps; warps between them are idle.
@@ -34,9 +36,10 @@ constexpr int kAhead = kWarpgroup ? kStages - 2 : kStages - 1;  // chunks of x a
 constexpr int kSecondAt = kWorkers / 32 * kSlotBytes;            // from a chunk to that of the second input
 constexpr int kLoraBytes = kColumnWarps * kRank * kRowBytes;  // of one stage
 constexpr int kLoraMemory = kWarpgroup ? kRing * kRank * kRowBytes : kStages * kLoraBytes;
-constexpr int kPartialStride = kRank + 8;  // floats; + 8 keeps the rows of a store in different banks
+constexpr int kPartialStride = kSumRank + 8;  // floats; + 8 keeps the rows of a store in different banks
 constexpr int kOwnRows = (kRowTile + kSplits - 1) / kSplits;  // rows of a tile whose sums one block of a cluster stores
 constexpr bool kNorm = kProducer == kLayerNorm || kProducer == kRmsNorm;
+constexpr bool kTwoPasses = kNorm && !kDeflate;  // a launch that deflates is given the rows' statistics
 constexpr bool kTwoInputs = kProducer == kActMul;
 
 static_assert(kRank % 16 == 0, "the rank is padded to whole 16-column tiles of t");
@@ -49,12 +52,13 @@ struct SparsifyParams {
     char* values;  // null: only t is wanted
     u32* metadata;
     float* scale;
-    char* t;
+    char* t;             // read where this launch deflates
+    float2* statistics;  // mean and 1/σ of a norm's rows, for a launch that deflates; null: nobody asks
     long long x_stride, second_stride, mult_stride, add_stride, shift_stride, lora_stride, t_stride;
     int m, k;
     int first_columns;                    // of the first input of cat
     int mult_rows, add_rows, shift_rows;  // rows of X that share one row of mult, of add, of shift
-    int rank;                             // rows of lora_down; the rest up to kRank counts as zeros
+    int rank;  // rows of lora_down, of those that deflate where this launch does; the rest up to kRank are zeros
     int held_rounds;                      // rounds of x that stay in shared memory between the passes of a norm
     int native;                           // scale is 1
     float eps, mult_offset;               // of the norm, of mult
@@ -93,9 +97,13 @@ struct Position {
     __device__ __forceinline__ explicit Position(const SparsifyParams& p)
         : lane(threadIdx.x % 32), g(lane / 4), q(lane % 4), row_warp(threadIdx.x / 32 % kRowWarps),
           column_warp(threadIdx.x / 32 / kRowWarps), rank(blockIdx.x % kSplits),
-          first_row(blockIdx.x / kSplits * kRowTile), row_in_tile(16 * row_warp + g), slice(p, rank),
+          first_row(row_tile() * kRowTile), row_in_tile(16 * row_warp + g), slice(p, rank),
           fragment(piece_offset(g, 2 * q)) {}
 
+    // The last rows first where this launch reads x again: they are what L2 still holds.
+    static __device__ __forceinline__ int row_tile() {
+        return kDeflate ? (gridDim.x - 1 - blockIdx.x) / kSplits : blockIdx.x / kSplits;
+    }
     __device__ __forceinline__ int chunk(int round) const { return slice.begin + round * kColumnWarps + column_warp; }
 };
 
@@ -122,7 +130,7 @@ struct InputCopy {
     u32 rows_below;  // rows of X after this lane's first
 
     __device__ __forceinline__ InputCopy(const SparsifyParams& p, const Position& at, u32 slots, int first_round)
-        : slot(slots + piece_offset(at.lane / 8, at.lane % 8), kNorm ? p.held_rounds : 0) {
+        : slot(slots + piece_offset(at.lane / 8, at.lane % 8), kTwoPasses ? p.held_rounds : 0) {
         const int chunk = at.chunk(first_round);
         const long long row = first_row(p, at);
         const long long column = (long long)chunk * kRowBytes + at.lane % 8 * 16;
@@ -191,6 +199,7 @@ __device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Positio
                                           const StageBarriers& barriers) {
     const char* source = p.lora_down + at.lane / 8 * p.lora_stride + at.lane % 8 * 16 + at.slice.begin * kRowBytes;
     const u32 offset = piece_offset(at.lane / 8, at.lane % 8);
+    const int rows = p.rank - at.lane / 8;
     int stage = 0, chunk = at.slice.begin;
     u32 parity = 1;  // of the phase before the first: the stages begin empty
 #pragma unroll 1
@@ -201,7 +210,7 @@ __device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Positio
             const u32 to = stages + (stage * kColumnWarps + w) * kRank * kRowBytes + offset;
 #pragma unroll
             for (int i = 0; i < kRank / 4; ++i) {  // rows past the rank become zeros
-                copy_async((i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes, source + i * 4 * p.lora_stride, 4 * i < p.rank);
+                copy_async((i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes, source + i * 4 * p.lora_stride, 4 * i < rows);
             }
             barrier_arrive_after_copies(barriers.full(stage, w));
         }

@@ -22,11 +22,11 @@ struct Squares {
     }
 };
 
-// t (16 × kRank) += z · Aᵀ over one chunk, a the fragments of z; `fragment` is this warp's part of the stage plus
+// t (16 × kSumRank) += z · Aᵀ over one chunk, a the fragments of z; `fragment` is this warp's part of the stage plus
 // the lane's offset.
 __device__ __forceinline__ void multiply_lora(float (&t)[kTiles][4], const u32 (&a)[4][4], u32 fragment) {
 #pragma unroll
-    for (int n = 0; n < kRank / 8; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
         const uint4 low = load_shared(fragment + n * 8 * kRowBytes);
         const uint4 high = load_shared((fragment ^ 16) + n * 8 * kRowBytes);
         Element::mma(t[n], a[0], low.x, low.y);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void store_columns(const SparsifyParams& p, const Pos
 // Where the blocks of a cluster send each other their sums: each stores those of kOwnRows rows.
 struct Exchange {
     float2 squares[kSplits][kOwnRows];
-    alignas(16) float t[kSplits][kOwnRows][kRank ? kRank : 4];
+    alignas(16) float t[kSplits][kOwnRows][kSumRank ? kSumRank : 4];
 };
 
 // All threads of the block. Sends each row's sums to the block that stores it, and stores its own rows.
@@ -106,7 +106,7 @@ __device__ __forceinline__ void meet(const SparsifyParams& p, const Position& at
         send(cluster_address(shared_address(&exchange.squares[at.rank][row % kOwnRows]), owner), sums.squares_of(row),
              cluster_address(barrier, owner));
     }
-    if constexpr (kRank > 0) {
+    if constexpr (kSumRank > 0) {
         for (int item = threadIdx.x; item < kRowTile * kTiles; item += kThreads) {
             const int row = item / kTiles, column = item % kTiles * 8, owner = row / kOwnRows;
             const Columns sum = sums.columns_of(row, column);
@@ -123,7 +123,7 @@ __device__ __forceinline__ void meet(const SparsifyParams& p, const Position& at
         for (int r = 0; r < kSplits; ++r) sum.x += exchange.squares[r][row].x, sum.y += exchange.squares[r][row].y;
         store_scale(p, at, at.rank * kOwnRows + row, sum);
     }
-    if constexpr (kRank > 0) {
+    if constexpr (kSumRank > 0) {
         for (int item = threadIdx.x; item < own_rows * kTiles; item += kThreads) {
             const int row = item / kTiles, column = item % kTiles * 8;
             Columns sum;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void meet(const SparsifyParams& p, const Position& at
 
 // Bytes a block receives in `meet`.
 __device__ __forceinline__ u32 bytes_to_meet(const Position& at) {
-    return kSplits * min(kOwnRows, max(kRowTile - at.rank * kOwnRows, 0)) * (kRank * 4 + 8);
+    return kSplits * min(kOwnRows, max(kRowTile - at.rank * kOwnRows, 0)) * (kSumRank * 4 + 8);
 }
 
 #endif
@@ -144,7 +144,7 @@ __device__ __forceinline__ u32 bytes_to_meet(const Position& at) {
 // All threads of a block that has its rows for itself.
 __device__ __forceinline__ void store_sums(const SparsifyParams& p, const Position& at, const BlockSums& sums) {
     for (int row = threadIdx.x; row < kRowTile; row += kThreads) store_scale(p, at, row, sums.squares_of(row));
-    if constexpr (kRank > 0) {
+    if constexpr (kSumRank > 0) {
         for (int item = threadIdx.x; item < kRowTile * kTiles; item += kThreads) {
             const int row = item / kTiles, column = item % kTiles * 8;
             store_columns(p, at, row, column, sums.columns_of(row, column));

@@ -76,7 +76,7 @@ __device__ __forceinline__ void multiply_all(const SparsifyParams& p, const Posi
             ++round;
             if (++turn == 2 * kStages) turn = 0;
             ++slot;
-            if (!kNorm) { if (slot == kStages) slot = 0; }
+            if (!kTwoPasses) { if (slot == kStages) slot = 0; }
             else if (slot == held_rounds + kStages) slot = held_rounds;
         }
     }

@@ -9,9 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from . import build, gemm_mma, gemm_sm90, kernels, operands, ops, rotary, rotary_kernel, sparsify_kernel
+from . import (
+    build,
+    gemm_mma,
+    gemm_sm90,
+    kernels,
+    operands,
+    ops,
+    residual_norm,
+    residual_norm_kernel,
+    rotary,
+    rotary_kernel,
+    sparsify_kernel,
+)
 
-_OPS = (ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears, rotary.rotary)
+_OPS = (
+    *(ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears),
+    *(rotary.rotary, residual_norm.residual_norm),
+)
 
 
 def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> list[Future[bytes]]:
@@ -28,6 +43,9 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         args, options = fx.map_arg((node.args, node.kwargs), tensor_of)
         if node.target is rotary.rotary:
             units += _rotary_units(*args)
+            continue
+        if node.target is residual_norm.residual_norm:
+            units += _residual_norm_units(*args[:3])
             continue
         if node.target is ops.sparse_linear:
             size = sparsified.get(node.args[0].args[0])  # values are item 0 of what sparsify returns
@@ -50,9 +68,10 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
             continue
         sparsified[node] = size
         tensors = {name: options.get(name) for name in ("shift", "score", "lora_down")}
-        if options.get("deflated"):
-            producer, inputs, tensors["lora_down"] = "identity", inputs[:1], None
-        found = sparsify_kernel.kernels_for(producer, inputs, size.m, size.k, size.device, **tensors)
+        deflated = options.get("deflated", 0)
+        found = sparsify_kernel.kernels_for(
+            producer, inputs, size.m, size.k, size.device, **tensors, deflated=deflated
+        )
         units += [kernel.unit(size.arch) for kernel in found]
         if node.target is ops.linears:
             names = "lora_ups", "biases", "activations", "gates", "residuals"
@@ -125,3 +144,12 @@ def _rotary_units(
         for w, e in zip(weights, eps, strict=True)
     }
     return [kernel.unit(size.arch) for kernel in found]
+
+
+def _residual_norm_units(x: Tensor | None, weight: Tensor | None, mult: Tensor | None) -> list[build.Unit]:
+    size = _size("identity", [x])
+    if size is None:
+        return []
+    types = (None if vector is None else vector.dtype for vector in (weight, mult))
+    overlap = rotary_kernel.overlaps(size.device)
+    return [residual_norm_kernel.kernel(size.dtype, size.k, *types, overlap).unit(size.arch)]

@@ -79,7 +79,7 @@ class Call:
     """Launches on new outputs. Everything else they read and write is known.
 
     outputs: (shape, dtype) of each; they are contiguous. copies: of operands in layouts that no kernel takes,
-    which makes it a call for once.
+    which makes it a call for once. scratch: outputs that launches leave for later ones and nobody else sees.
     """
 
     def __init__(
@@ -88,10 +88,12 @@ class Call:
         outputs: Sequence[tuple[Sizes, torch.dtype]],
         launches: Sequence[Launch],
         copies: Sequence[Tensor] = (),
+        scratch: Sequence[tuple[Sizes, torch.dtype]] = (),
     ) -> None:
         self.device, self.launches, self.copies = device, launches, copies
-        self.outputs = [(shape, _strides(shape), dtype) for shape, dtype in outputs]
-        usual = {1: _run_with_one, 4: _run_with_four} if len(launches) == 1 else {}
+        self.outputs = [(shape, _strides(shape), dtype) for shape, dtype in (*outputs, *scratch)]
+        self.kept = len(outputs)
+        usual = {1: _run_with_one, 4: _run_with_four} if len(launches) == 1 and not scratch else {}
         # Launches on torch's current stream of the device; returns the outputs.
         self.run: Callable[[], Sequence[Tensor]] = usual.get(len(outputs), _run_with_many)(self)
 
@@ -102,7 +104,7 @@ class Call:
             addresses = [output.data_ptr() for output in outputs]
             for kernel, grid, packed, encode in self.launches:
                 kernel.launch(self.device, grid, packed, encode(*addresses))
-        return outputs
+        return outputs[: self.kept]
 
 
 def _run_with_one(call: Call) -> Callable[[], Sequence[Tensor]]:
@@ -139,6 +141,7 @@ def _run_with_four(call: Call) -> Callable[[], Sequence[Tensor]]:
 def _run_with_many(call: Call) -> Callable[[], Sequence[Tensor]]:
     """`Call.run` for any number of outputs and launches."""
     device, outputs, launches = call.device, call.outputs, [(x.kernel.launch, *x[1:]) for x in call.launches]
+    kept = call.kept
 
     def run() -> Sequence[Tensor]:
         if _C._cuda_getDevice() != device or _C._get_deterministic_algorithms():
@@ -147,7 +150,7 @@ def _run_with_many(call: Call) -> Callable[[], Sequence[Tensor]]:
         addresses = [output.data_ptr() for output in made]
         for launch, grid, packed, encode in launches:
             launch(device, grid, packed, encode(*addresses))
-        return made
+        return made[:kept]
 
     return run
 

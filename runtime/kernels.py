@@ -22,6 +22,8 @@ from . import (
     operands,
     ops,
     placement,
+    residual_norm,
+    residual_norm_kernel,
     rotary,
     rotary_kernel,
     semantics,
@@ -84,6 +86,7 @@ def is_hopper(device: int) -> bool:
 
 
 _sparsify_calls, _linear_calls, _placed_calls, _together_calls, _rotary_calls = (Known() for _ in range(5))
+_residual_norm_calls = Known()
 
 
 def _sparsify_key(
@@ -133,9 +136,6 @@ def _sparsify(
     deflated: int = 0,
     version: int = ops.VERSION,
 ) -> Sequence[Tensor]:
-    if deflated and version == ops.VERSION and lora_down is not None:
-        x = semantics.produce(producer, inputs, eps, mult_offset) if producer != "identity" else inputs[0]
-        return _deflated(x, lora_down, deflated, shift, score, compensation)
     options, given = _sparsify_key(
         producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated, version
     )
@@ -146,8 +146,9 @@ def _sparsify(
     assert first is not None, "a producer's first input is a tensor"
     rank = 0 if lora_down is None else lora_down.shape[0]
     arguments: dict[str, Any] = {"eps": eps, "mult_offset": mult_offset, "shift": shift, "score": score}
-    arguments |= {"lora_down": lora_down, "compensation": compensation}
-    if version != ops.VERSION or _gemm(first.get_device(), first.dtype) is None:
+    arguments |= {"lora_down": lora_down, "compensation": compensation, "deflated": deflated}
+    no_kernel = _gemm(first.get_device(), first.dtype) is None or deflated > sparsify_kernel.MAX_DEFLATED
+    if version != ops.VERSION or no_kernel:
         return ops._sparsify_reference(producer, inputs, **arguments, version=version)
     if not rank % RANK_MULTIPLE:
         call = sparsify_kernel.prepare(producer, inputs, **arguments)
@@ -156,29 +157,6 @@ def _sparsify(
     arguments["lora_down"] = F.pad(lora_down, (0, 0, 0, -rank % RANK_MULTIPLE))
     *compressed, t = sparsify_kernel.prepare(producer, inputs, **arguments).run()
     return *compressed, t[:, :rank].contiguous()
-
-
-def _deflated(
-    x: Tensor | None,
-    lora_down: Tensor,
-    deflated: int,
-    shift: Tensor | None,
-    score: Tensor | None,
-    compensation: str,
-) -> Sequence[Tensor]:
-    """`_sparsify` of X less its leading directions: two thin products of the library, then the kernel.
-
-    The shift is taken off after the directions rather than before; t is that of x − μ all the same.
-    """
-    assert x is not None
-    rows = x.reshape(-1, x.shape[-1])
-    t = F.linear(rows, lora_down)
-    if shift is not None:
-        offset = F.linear(shift.reshape(-1, rows.shape[1]).to(x.dtype), lora_down)
-        t = (t.unflatten(0, (offset.shape[0], -1)) - offset[:, None]).flatten(0, 1)
-    z = torch.addmm(rows, t[:, :deflated], lora_down[:deflated], alpha=-1)
-    *compressed, _ = _sparsify("identity", [z], shift=shift, score=score, compensation=compensation)
-    return *compressed, t
 
 
 def _sparse_linear(
@@ -321,7 +299,40 @@ def _rotary(
     return _rotary_calls.keep(options, given, rotary_kernel.prepare(parts, weights, eps, cos, sin)).run()[0]
 
 
+def _residual_norm_key(
+    x: Tensor,
+    weight: Tensor | None,
+    mult: Tensor | None,
+    residual: Tensor,
+    eps: float,
+    mult_offset: float = 0.0,
+    version: int = ops.VERSION,
+) -> tuple[Options, Operands]:
+    return (eps, mult_offset, version), (x, weight, mult, residual)
+
+
+def _residual_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    mult: Tensor | None,
+    residual: Tensor,
+    eps: float,
+    mult_offset: float = 0.0,
+    version: int = ops.VERSION,
+) -> Tensor:
+    arguments = x, weight, mult, residual, eps, mult_offset
+    options, given = _residual_norm_key(*arguments, version)
+    call = _residual_norm_calls.find(options, given)
+    if call is not None:
+        return call.run()[0]
+    known = x.shape[-1] in residual_norm.CHANNELS
+    if version != ops.VERSION or not known or unavailable_reason(x.device, x.dtype) is not None:
+        return residual_norm._residual_norm_reference(*arguments, version)
+    return _residual_norm_calls.keep(options, given, residual_norm_kernel.prepare(*arguments)).run()[0]
+
+
 _library.impl("rotary", _rotary)
+_library.impl("residual_norm", _residual_norm)
 _library.impl("sparsify", _sparsify)
 _library.impl("sparse_linear", _sparse_linear)
 _library.impl("sparse_linears", _sparse_linears)
@@ -329,3 +340,4 @@ Shortcut.install(ops.sparsify, _sparsify_calls, _sparsify_key)
 Shortcut.install(ops.sparse_linear, _linear_calls, _linear_key)
 Shortcut.install(ops.sparse_linears, _together_calls, _together_key)
 Shortcut.install(rotary.rotary, _rotary_calls, _rotary_key)
+Shortcut.install(residual_norm.residual_norm, _residual_norm_calls, _residual_norm_key)

@@ -20,12 +20,16 @@ _RESERVED_BYTES = 1024  # of shared memory a block, by the system
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for. rank: of the LoRA branch, padded. storage: of `_VECTORS`."""
+    """What a kernel is compiled for. rank: of the LoRA branch, padded. storage: of `_VECTORS`.
+
+    deflate: takes t·A off z, where t comes from another launch and `rank` counts the rows of A that it takes.
+    """
 
     dtype: torch.dtype
     producer: str
     rank: int
     storage: tuple[int, ...]
+    deflate: bool = False
 
 
 class Geometry(NamedTuple):
@@ -81,6 +85,11 @@ def _shapes(variant: Variant, k: int, clusters: bool) -> list[tuple[int, int, in
     heavy = variant.producer.endswith(("_norm", "_mul"))
     if not variant.rank:
         return [(1, 16, 1)] if k >= LONG_ROW and not heavy else [(1, 8, 2)]
+    if variant.deflate:
+        if variant.rank > 128:
+            return [(4, 1, 1), (2, 2, 1)]
+        columns = 3 if clusters and variant.rank <= 64 and sum(map(bool, variant.storage)) <= 2 else 2
+        return [(4, columns, 1), (5, columns, 1), (2, 5 if columns == 3 else 4, 1)]
     if clusters and variant.rank in WARPGROUP_RANKS:
         columns = 3 if heavy or any(variant.storage) or variant.rank > 64 else 4
         if sum(map(bool, variant.storage)) > 2:
@@ -99,8 +108,8 @@ def _geometries(
     found = []
     helpers = int(variant.rank > 0)
     most, least = MAX_STAGES, 2
-    if clusters and variant.rank in WARPGROUP_RANKS:  # which holds a slot for two rounds more
-        helpers, most, least = 4, MAX_STAGES + 1, 3
+    if clusters and variant.rank in WARPGROUP_RANKS and not variant.deflate:
+        helpers, most, least = 4, MAX_STAGES + 1, 3  # it holds a slot for two rounds more
     for row_warps, column_warps, blocks in shapes:
         shared = clusters and (variant.rank or row_tiles(m, row_warps) < sms)
         for splits in CLUSTERS if shared else (1,):
@@ -149,14 +158,15 @@ def fits(g: Geometry, variant: Variant, k: int, smem: int) -> bool:
 def memory(g: Geometry, variant: Variant, k: int, smem: int) -> Memory:
     """What a block needs of the `smem` bytes of a multiprocessor, as csrc/sparsify.cu lays it out."""
     rows, columns = 16 * g.row_warps, g.column_warps
-    norm = variant.producer.endswith("_norm")
+    two_passes = variant.producer.endswith("_norm") and not variant.deflate
+    columns_of_t = 0 if variant.deflate else variant.rank
     static = 8 * columns * rows + 16 * columns * g.stages + 128  # sums of squares, barriers, alignment
     if any(variant.storage[2:5]):
         static += 3 * 8 * rows  # where each row's sample begins
-    if norm:
+    if two_passes:
         static += 8 * rows * (columns + g.splits)  # moments
     if g.splits > 1:
-        static += g.splits * ceil_div(rows, g.splits) * (4 * max(variant.rank, 4) + 8)
+        static += g.splits * ceil_div(rows, g.splits) * (4 * max(columns_of_t, 4) + 8)
     inputs = 2 if variant.producer.endswith("_mul") else 1
     round_bytes = g.row_warps * columns * _SLOT_BYTES * inputs
     vectors = g.row_warps * columns * layout.BLOCK_COLUMNS * 2 * sum(variant.storage)
@@ -165,7 +175,7 @@ def memory(g: Geometry, variant: Variant, k: int, smem: int) -> Memory:
     if g.helpers == 4:
         static += 1024  # alignment
     held = 0
-    if norm:
+    if two_passes:
         rounds = ceil_div(ceil_div(k // layout.BLOCK_COLUMNS, g.splits), columns)
         room = smem // g.min_blocks - _RESERVED_BYTES - static - rings
         held = min(rounds, room // round_bytes)
@@ -174,7 +184,7 @@ def memory(g: Geometry, variant: Variant, k: int, smem: int) -> Memory:
         slots = held if held == rounds else held + g.stages
     else:
         slots = g.stages
-    partial = 4 * (1 if g.helpers == 4 else columns) * rows * (variant.rank + 8) if variant.rank else 0
+    partial = 4 * (1 if g.helpers == 4 else columns) * rows * (columns_of_t + 8) if columns_of_t else 0
     return Memory(static, max(rings + slots * round_bytes, partial), held, slots)
 
 

@@ -23,9 +23,12 @@ from .sparsify_geometry import Geometry, Variant, choose, padded_rank
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE_TYPE = "cuda"
-PARAMETERS = "P" * 9 + "O" * 4 + "q" * 7 + "i" * 9 + "f" * 3 + "i"  # SparsifyParams in csrc/sparsify_tile.cuh
+OUTPUTS = 5
+# SparsifyParams in csrc/sparsify_tile.cuh
+PARAMETERS = "P" * 9 + "O" * OUTPUTS + "q" * 7 + "i" * 9 + "f" * 3 + "i"
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
+MAX_DEFLATED = 256  # directions, whose t fits in registers
 
 # Macro values of csrc/producers.cuh and csrc/activations.cuh.
 _PRODUCER_KINDS = {"identity": 0, "act": 1, "act_mul": 2, "layer_norm": 3, "rms_norm": 4, "cat": 5}
@@ -59,6 +62,7 @@ def prepare(
     score: Tensor | None = None,
     lora_down: Tensor | None = None,
     compensation: str = "norm",
+    deflated: int = 0,
 ) -> Call:
     """The call that makes the operands of `ops.sparse_linear` from producer(inputs).
 
@@ -66,6 +70,8 @@ def prepare(
     Inputs are bf16 or fp16 CUDA tensors with channels last; rows may be any multiple of 8 elements apart, and
     other layouts are copied. Vectors (weight, bias, mult, add, shift, score) are of the same dtype or fp32.
     mult, add and shift hold one row a sample, M / B rows of X each. lora_down: (R, K), R a multiple of 16.
+    deflated: at most MAX_DEFLATED; one launch then computes t, and another reads X again, takes t·A off and
+    prunes what is left.
     Raises TypeError for a dtype or device and ValueError for a shape or an alignment the kernel does not
     take.
     """
@@ -102,12 +108,12 @@ def prepare(
             f"unknown compensation {compensation!r}; one of {', '.join(semantics.COMPENSATIONS)}"
         )
 
-    storage, pointers = [], []
+    storage, addresses = [], []
     sample_strides, sample_rows = [0] * 3, [1] * 3
     for name, vector in zip(_VECTORS, (*vectors, shift, score), strict=True):
         if vector is None:
             storage.append(_ABSENT)
-            pointers.append(0)
+            addresses.append(0)
         elif name in _PER_SAMPLE:
             vector, stride = _rows(vector, name.lower(), None, device, copies)
             samples = vector.numel() // k
@@ -119,7 +125,7 @@ def prepare(
             i = _PER_SAMPLE.index(name)
             sample_strides[i], sample_rows[i] = stride, max(m // samples, 1)
             storage.append(_storage(vector, name, dtype))
-            pointers.append(vector.data_ptr())
+            addresses.append(vector.data_ptr())
         else:
             if vector.numel() != k or not vector.is_contiguous() or vector.device != device:
                 raise ValueError(
@@ -127,7 +133,7 @@ def prepare(
                     f"{tuple(vector.shape)} with strides {vector.stride()} on {vector.device}"
                 )
             storage.append(_storage(vector, name, dtype))
-            pointers.append(_aligned(vector, name.lower()))
+            addresses.append(_aligned(vector, name.lower()))
     rank = lora_stride = 0
     if lora_down is not None and lora_down.shape[0]:
         lora_down, lora_stride = _rows(lora_down, "lora_down", dtype, device, copies)
@@ -138,17 +144,23 @@ def prepare(
                 "pad it with zeros"
             )
 
+    if not 0 <= deflated <= min(rank, MAX_DEFLATED):
+        raise ValueError(
+            f"deflated={deflated} counts leading rows of lora_down, which has {rank}; "
+            f"the kernel takes at most {MAX_DEFLATED}"
+        )
+    # The statistics of a norm's rows, from the launch that computes t to the one that deflates.
+    scratch = [((m, 2), torch.float32)] if deflated and producer.endswith("_norm") else []
     launches = []
-    for begin in range(0, max(rank, 1) if m else 0, MAX_RANK):
-        part = min(rank - begin, MAX_RANK)
-        variant = Variant(dtype, producer, padded_rank(part), tuple(storage))
+
+    def add(variant: Variant, begin: int, rows: int, encode: Callable[..., bytes]) -> None:
         p = plan(x.get_device(), variant, m, k)
         packed = p.kernel.pack(
             x.data_ptr(),
             second.data_ptr() if second is not None else 0,
-            *pointers,
-            lora_down.data_ptr() + begin * lora_stride if part and lora_down is not None else 0,
-            *(0, 0, 0, 0),  # outputs
+            *addresses,
+            lora_down.data_ptr() + begin * lora_stride if rows and lora_down is not None else 0,
+            *(0,) * OUTPUTS,
             x_stride,
             second_stride,
             *sample_strides,
@@ -158,7 +170,7 @@ def prepare(
             k,
             first_columns,
             *sample_rows,
-            part,
+            rows,
             p.held_rounds,
             compensation == "native",
             eps,
@@ -166,22 +178,28 @@ def prepare(
             semantics.NORM_EPS,
             p.slot_rounds,
         )
-        launches.append(Launch(p.kernel, p.grid, packed, _outputs(begin * dtype.itemsize)))
+        launches.append(Launch(p.kernel, p.grid, packed, encode))
+
+    for begin in range(0, max(rank, 1) if m else 0, MAX_RANK):
+        part = min(rank - begin, MAX_RANK)
+        variant = Variant(dtype, producer, padded_rank(part), tuple(storage))
+        add(variant, begin, part, _only_t(begin * dtype.itemsize) if begin or deflated else pointers(4))
+    if deflated and m:
+        variant = Variant(dtype, producer, padded_rank(deflated), tuple(storage), True)
+        add(variant, 0, deflated, pointers(4 + len(scratch)))
     outputs = [
         ((m, k // 2), dtype),
         (layout.metadata_shape(m, k), torch.int32),
         ((m,), torch.float32),
         ((m, rank), dtype),
     ]
-    return Call(x.get_device(), outputs, launches, copies)
+    return Call(x.get_device(), outputs, launches, copies, scratch)
 
 
-def _outputs(offset: int) -> Callable[..., bytes]:
-    """`Launch.outputs` where t starts `offset` bytes further on; only the first launch writes the rest."""
-    pack = pointers(4)
-    if not offset:
-        return pack
-    return lambda values, metadata, scale, t: pack(0, 0, 0, t + offset)
+def _only_t(offset: int) -> Callable[..., bytes]:
+    """`Launch.outputs` of a launch that writes t, `offset` bytes further on, and statistics if asked."""
+    pack = pointers(OUTPUTS)
+    return lambda values, metadata, scale, t, statistics=0: pack(0, 0, 0, t + offset, statistics)
 
 
 def kernels_for(
@@ -194,6 +212,7 @@ def kernels_for(
     shift: Tensor | None = None,
     score: Tensor | None = None,
     lora_down: Tensor | None = None,
+    deflated: int = 0,
 ) -> list[Kernel]:
     """The kernels `sparsify` launches for X (m, k). The tensors may be fake: only dtypes are read."""
     first = inputs[0]
@@ -206,6 +225,8 @@ def kernels_for(
     rank = 0 if lora_down is None else geometry.ceil_div(lora_down.shape[0], 16) * 16
     parts = {min(rank - begin, MAX_RANK) for begin in range(0, max(rank, 1), MAX_RANK)}
     variants = [Variant(first.dtype, producer, padded_rank(part), storage) for part in parts]
+    if deflated:
+        variants.append(Variant(first.dtype, producer, padded_rank(deflated), storage, True))
     return [plan(device, variant, m, k).kernel for variant in variants]
 
 
@@ -253,6 +274,7 @@ def defines(variant: Variant, g: Geometry) -> dict[str, int | str]:
         "PRODUCER": _PRODUCER_KINDS[kind],
         "ACTIVATION": _ACTIVATION_KINDS.get(activation, 0),
         "RANK": variant.rank,
+        "DEFLATE": int(variant.deflate),
         **dict(zip(_VECTORS, variant.storage, strict=True)),
         "ROW_WARPS": g.row_warps,
         "COLUMN_WARPS": g.column_warps,

@@ -13,7 +13,14 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 
-from lynx_compile.runtime import build, gemm_mma, gemm_sm90, rotary_kernel, sparsify_kernel
+from lynx_compile.runtime import (
+    build,
+    gemm_mma,
+    gemm_sm90,
+    residual_norm_kernel,
+    rotary_kernel,
+    sparsify_kernel,
+)
 from lynx_compile.runtime.semantics import ACTIVATIONS, PRODUCERS
 
 PORTABLE_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -62,8 +69,11 @@ def sparsifiers(arch):
             ("gelu_mul", 64, NO_VECTORS),
             ("cat_gelu_tanh", 64, NO_VECTORS),
         ]
-    for i, (producer, rank, vectors) in enumerate(cases):
-        variant = sparsify_kernel.Variant(DTYPES[i % 2], producer, rank, vectors)
+    cases = [(*case, False) for case in cases] + [(*case, True) for case in cases if case[1]]
+    cases.append(("identity", 256, NO_VECTORS, True))
+    cases.append(("layer_norm", 64, (1, 1, 1, 1, 2, 2), True))
+    for i, (producer, rank, vectors, deflate) in enumerate(cases):
+        variant = sparsify_kernel.Variant(DTYPES[i % 2], producer, rank, vectors, deflate)
         geometry = sparsify_kernel.choose(
             variant, 4096, 3072, 132, arch == "sm_90a", SHARED_MEMORY[arch] * 1024
         )
@@ -76,6 +86,15 @@ def rotations(arch):
         weight = (None, *DTYPES[:1], torch.float32)[i % 3]
         yield rotary_kernel.kernel(DTYPES[0], channels, i != 2, weight, 1 + i % 2, True).unit(arch)
     yield rotary_kernel.kernel(DTYPES[1], 128, True, DTYPES[1], 2, True).unit(arch)
+
+
+def residual_norms(arch):
+    """From one lane's columns to the widest row, with every kind of vector."""
+    kinds = (None, *DTYPES[:1], torch.float32)
+    for i, columns in enumerate((8, 264, 3072, 3840, 6144)):
+        weight, mult = kinds[i % 3], kinds[(i + i // 3) % 3]
+        yield residual_norm_kernel.kernel(DTYPES[0], columns, weight, mult, True).unit(arch)
+    yield residual_norm_kernel.kernel(DTYPES[1], 3840, DTYPES[1], DTYPES[1], True).unit(arch)
 
 
 def faults(unit):
@@ -94,6 +113,7 @@ def faults(unit):
         ("gemm_sm90", "sm_90a"),
         *(("sparsify", arch) for arch in (*PORTABLE_ARCHS, "sm_90a")),
         *(("rotary", arch) for arch in ("sm_80", "sm_90a", "sm_120")),
+        *(("residual_norm", arch) for arch in ("sm_80", "sm_90a", "sm_120")),
     ],
 )
 def test_compiles_clean(source, arch):
@@ -103,6 +123,8 @@ def test_compiles_clean(source, arch):
         units = hopper_gemm()
     elif source == "rotary":
         units = rotations(arch)
+    elif source == "residual_norm":
+        units = residual_norms(arch)
     else:
         units = sparsifiers(arch)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
