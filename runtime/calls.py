@@ -50,6 +50,7 @@ class Facts:
 # What compiled code is guarded with: all of `Facts` and what the dispatcher goes by, in one call. Not public.
 _guard_type: Callable[..., Any] = getattr(guards, "TensorGuards", Facts)
 _grad_enabled = torch.is_grad_enabled
+_data_ptr = Tensor.data_ptr  # of tensors alone: an FX proxy would write the question into its graph
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
@@ -163,7 +164,7 @@ class Known:
 
     def find(self, options: Options, operands: Operands) -> Call | None:
         """The call for these operands, if it was made before; operands may be None."""
-        entry = self._entries.get((options, *[-1 if o is None else o.data_ptr() for o in operands]))
+        entry = self._entries.get((options, *[-1 if o is None else _data_ptr(o) for o in operands]))
         if entry is not None:
             for i, j in entry.twice:
                 if operands[i] is not operands[j]:
@@ -179,7 +180,7 @@ class Known:
         if not call.copies and all(type(operand) in _PLAIN for operand in operands):
             if len(self._entries) >= MAX_CALLS:
                 self._entries.clear()
-            key = options, *[-1 if o is None else o.data_ptr() for o in operands]
+            key = options, *[-1 if o is None else _data_ptr(o) for o in operands]
             first: dict[int, int] = {}  # where each tensor comes first, by its id: a guard takes it once
             places = [(i, first.setdefault(id(o), i)) for i, o in enumerate(operands) if o is not None]
             present = _chosen(list(first.values()))
@@ -190,7 +191,7 @@ class Known:
 
     def admit(self, options: Options, operands: Operands) -> None:
         """Let `find` know these operands also in the state of dispatch that the thread is in now."""
-        entry = self._entries.get((options, *[-1 if o is None else o.data_ptr() for o in operands]))
+        entry = self._entries.get((options, *[-1 if o is None else _data_ptr(o) for o in operands]))
         if entry is not None and all(operands[i] is operands[j] for i, j in entry.twice):
             tensors = entry.present(operands)
             plain = all(type(tensor) in _PLAIN for tensor in tensors)
@@ -261,7 +262,7 @@ class Shortcut:
         try:
             options, operands = self._key(*args, **kwargs)
             call = self._find(options, operands)
-        except (TypeError, RuntimeError, AttributeError):  # no such operands: the op says what is wrong
+        except (TypeError, RuntimeError, AttributeError, ValueError):  # no such operands: the op knows more
             return self.through(*args, **kwargs)
         if call is not None:
             return self._result(call.run())

@@ -119,9 +119,8 @@ def _linear_key(
     top: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
-    beside = top if left is None else left
-    place = None if beside is None else (left is None, *beside.shape)
-    return (activation, place, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
+    beside = left is not None or top is not None
+    return (activation, beside, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 
 def _sparsify(
@@ -177,7 +176,10 @@ def _sparse_linear(
     options, given = _linear_key(
         values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, left, top, version
     )
-    placed = left is not None or top is not None
+    beside = top if left is None else left
+    placed = beside is not None
+    if beside is not None:
+        options = *options, left is None, beside.shape
     known = _placed_calls if placed else _linear_calls
     call = known.find(options, given)
     if call is not None:

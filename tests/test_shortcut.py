@@ -108,6 +108,23 @@ def test_whoever_watches_ops_sees_them(driver, dispatched):
 
 
 @torch.no_grad()
+def test_proxies_leave_nothing_but_the_op():
+    """As when a graph that calls the ops is traced again, which unpickling it does."""
+    names = "values", "metadata", "scale", "t", "weight", "left", "top"
+    graph = torch.fx.Graph()
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+    values = {name: torch.fx.Proxy(graph.placeholder(name), tracer) for name in names}
+    *layer, left, top = values.values()
+    ops.sparsify("identity", [layer[0]])
+    ops.sparse_linear(*layer)
+    ops.sparse_linear(*layer, left=left)
+    ops.sparse_linear(*layer, top=top)
+    ops.sparse_linears(*layer[:3], layer[3:4], layer[4:5], [None], [None], ["none"], [None], [None])
+    called = [node.target for node in graph.nodes if node.op != "placeholder"]
+    assert called == [ops.sparsify, *[ops.sparse_linear] * 3, ops.sparse_linears]
+
+
+@torch.no_grad()
 def test_transforms_are_not_cut_short(driver, dispatched):
     layer = Operands()
     for _ in range(2):
