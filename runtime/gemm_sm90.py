@@ -30,7 +30,8 @@ class Tile(NamedTuple):
     """One configuration of the kernel.
 
     consumers: multiplying warpgroups, each with `blocks` blocks of 64 rows. n: columns. cluster_m, cluster_n:
-    blocks of a cluster along M (they share weights) and along N (they share activations).
+    blocks of a cluster along M (they share weights) and along N (they share activations). split: blocks of a
+    cluster that each compute a part of K of one tile.
     """
 
     consumers: int
@@ -38,6 +39,7 @@ class Tile(NamedTuple):
     n: int
     cluster_m: int
     cluster_n: int
+    split: int = 1
 
     @property
     def m(self) -> int:
@@ -47,7 +49,7 @@ class Tile(NamedTuple):
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return self.cluster_m * self.cluster_n
+        return self.cluster_m * self.cluster_n * self.split
 
     @property
     def threads(self) -> int:
@@ -88,8 +90,17 @@ RATES = {
     Tile(consumers=2, blocks=1, n=192, cluster_m=2, cluster_n=1): 860,
     Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=2): 715,
     Tile(consumers=2, blocks=1, n=64, cluster_m=1, cluster_n=2): 475,
+    Tile(consumers=2, blocks=2, n=192, cluster_m=1, cluster_n=1, split=2): 970,
+    Tile(consumers=2, blocks=1, n=256, cluster_m=1, cluster_n=1, split=2): 945,
+    Tile(consumers=2, blocks=1, n=192, cluster_m=1, cluster_n=1, split=2): 830,
+    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=1, split=2): 890,
+    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=1, split=4): 890,
+    Tile(consumers=2, blocks=1, n=256, cluster_m=1, cluster_n=1, split=4): 890,
+    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=1, split=4): 690,
 }
 TILE_OVERHEAD = 2e-6  # seconds a tile takes beside its multiplications
+SPLIT_OVERHEAD = 2e-6  # seconds for the exchange of partial sums
+FILLED_BY_FOUR = 0.91  # share of the multiprocessors that clusters of four blocks can occupy
 # The chip is bound by power: multiprocessors without a tile let the others run faster, up to the highest
 # clock. A part-empty wave therefore costs less than its share; these two numbers fit the measurements.
 IDLE_EXPONENT = 0.55
@@ -104,6 +115,11 @@ def _slow_with_tail(tile: Tile) -> bool:
 def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: Sequence[int]) -> bool:
     """Whether a launch needs the variant with a tail: samples that meet in a warpgroup need it, too."""
     return tail or any(rows < m and rows % (64 * tile.blocks) for rows in bias_rows)
+
+
+def _clusters(tile: Tile, processors: int) -> int:
+    """How many clusters of a tile run at once. Those of four do not fill every group of multiprocessors."""
+    return int(processors * (FILLED_BY_FOUR if tile.cluster > 2 else 1.0)) // tile.cluster
 
 
 @functools.lru_cache(maxsize=4096)
@@ -124,15 +140,20 @@ def choose(
 
     def seconds(tile: Tile) -> float:
         rows, columns = tile.grid(m, *widths)
-        slots = processors // tile.cluster
+        slots = _clusters(tile, processors)
         waves = -(-rows * columns // slots)
-        flops = 2.0 * tile.m * tile.n * tile.cluster * rows * columns * k
+        flops = 2.0 * tile.m * tile.cluster_m * rows * tile.n * tile.cluster_n * columns * k
         idle = waves * slots / (rows * columns)
         slowdown = max(idle**IDLE_EXPONENT, idle / CLOCK_HEADROOM)
-        return flops / (RATES[tile] * 1e12) * slowdown + waves * TILE_OVERHEAD
+        overhead = TILE_OVERHEAD + (SPLIT_OVERHEAD if tile.split > 1 else 0.0)
+        return flops / (RATES[tile] * 1e12) * slowdown + waves * overhead
 
-    tiles = (tile for tile in RATES if not (_slow_with_tail(tile) and _has_tail(tile, tail, m, bias_rows)))
-    return min(tiles, key=seconds)
+    def fits(tile: Tile) -> bool:
+        return tile.split <= k // STEP_K and not (
+            _slow_with_tail(tile) and _has_tail(tile, tail, m, bias_rows)
+        )
+
+    return min(filter(fits, RATES), key=seconds)
 
 
 @functools.cache
@@ -146,11 +167,11 @@ def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kerne
         "sparse_gemm",
         parameters="TT"
         + 3 * LAYERS * "T"
-        + "PPP"
+        + "PPPP"
         + LAYERS * "P"
         + LAYERS * "O"
         + 5 * LAYERS * "i"
-        + "iiiiii",
+        + "iiiii",
         threads=tile.threads,
         smem=tile.smem,
         cluster=tile.cluster,
@@ -163,6 +184,7 @@ def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kerne
             "STAGES": tile.stages,
             "CLUSTER_M": tile.cluster_m,
             "CLUSTER_N": tile.cluster_n,
+            "SPLIT": tile.split,
             "ACTIVATION": list(ACTIVATIONS).index(activation),
             "HAS_TAIL": int(tail),
         },
@@ -277,6 +299,8 @@ def _pack(
     gate, residual = layers[0].gate, layers[0].residual
     tail = gate is not None or residual is not None
     bias_rows = tuple(m // samples(layer.bias, n) for layer, n in zip(layers, widths, strict=True))
+    if tile is not None and tile.split > k // STEP_K:
+        raise ValueError(f"{tile} cannot split K = {k}: each part needs {STEP_K} columns; take another tile")
     if tile is None:
         tile = choose(m, widths, k, tail, processors, bias_rows)
     rows, columns = tile.grid(m, *widths)
@@ -312,6 +336,7 @@ def _pack(
         metadata.data_ptr(),
         scale.data_ptr(),
         0 if gate is None else gate.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         *biases,
         *[0] * LAYERS,  # outputs
         *chain.from_iterable(numbers),
@@ -320,9 +345,9 @@ def _pack(
         k // STEP_K,
         m // samples(gate, widths[0]),
         max(1, RASTER_ROWS // (tile.m * tile.cluster_m)),
-        int(residual is not None),
     )
-    return variant, (min(rows * columns, processors // tile.cluster) * tile.cluster, 1, 1), packed
+    clusters = rows * columns if tile.split > 1 else min(rows * columns, processors // tile.cluster)
+    return variant, (clusters * tile.cluster, 1, 1), packed
 
 
 def sparse_gemm(*operands: Any, tile: Tile | None = None, **options: Any) -> Tensor:

@@ -17,6 +17,11 @@ WIDE, TALL, THREE, ALONG_N = (
     gemm_sm90.Tile(3, 1, 192, 2, 1),
     gemm_sm90.Tile(2, 1, 128, 1, 2),
 )
+SPLIT = [
+    gemm_sm90.Tile(2, 2, 192, 1, 1, 2),
+    gemm_sm90.Tile(2, 1, 192, 1, 1, 2),
+    gemm_sm90.Tile(2, 1, 128, 1, 1, 4),
+]
 GUARD = 32  # poisoned rows in front of and behind y
 
 
@@ -108,6 +113,31 @@ def test_gate_residual_and_samples(folder, tile, rows):
     """Samples that end where a block of rows does, and inside one."""
     layers = [(272, 16, 4, "gelu", 2, True)]
     Case(4 * rows, 128, layers, seed=rows).check(Emulator(folder), tile)
+
+
+@pytest.mark.parametrize("tile", SPLIT, ids=str)
+@pytest.mark.parametrize("rank", [0, 16, 80])
+def test_parts_of_k_add_up(folder, tile, rank):
+    """Parts of unequal length, fewer steps of the branch than parts, more layers than one."""
+    layers = [(208, rank, 1, "gelu", 0, False), (48, 0, 1, "gelu", 0, False)]
+    Case(130, 64 * (2 * tile.split + 1), layers).check(Emulator(folder), tile)
+
+
+def test_parts_of_k_with_gate_residual_and_samples(folder):
+    layers = [(208, 16, 4, "gelu", 2, True)]
+    Case(4 * 33, 320, layers).check(Emulator(folder), SPLIT[2], beside=32)
+
+
+def test_partial_sums_sent_before_the_ring_is_empty_show(folder):
+    def edit(source):
+        first = "ptx::cluster_sync();  // nothing is left in any ring"
+        assert first in source
+        both = "ptx::cluster_sync(), ptx::cluster_sync();  // both of `exchange`"
+        assert both in source
+        return source.replace(first, "").replace(both, "ptx::cluster_sync();")
+
+    with pytest.raises(AssertionError):
+        Case(130, 64 * 13, [(208, 0, 1, "none", 0, False)]).check(Emulator(folder, edit), SPLIT[1])
 
 
 def test_a_slot_given_up_too_early_shows(folder):

@@ -118,6 +118,11 @@ inline u32 keep(u32 value) { return value; }
 // ---- memory ------------------------------------------------------------------------------------------------
 
 inline u32 load_shared(u32 address) { return *reinterpret_cast<u32*>(now->block->at(address, 4)); }
+inline void load_shared(float (&to)[4], u32 address) { std::memcpy(to, now->block->at(address, 16), 16); }
+inline void store_remote(u32 address, u32 rank, const float* from) {
+    if (address % 16) throw std::runtime_error("a store that is not aligned");
+    std::memcpy(now->cluster->blocks.at(rank)->at(address, 16), from, 16);
+}
 inline float2 load_shared_pair(const float* from) {
     return *reinterpret_cast<const float2*>(now->block->at(shared_address(from), 8));
 }
@@ -137,6 +142,10 @@ inline void load_matrices(u32 (&to)[4], u32 address) {
 inline void store_global(void* to, const u32 (&value)[4]) {
     if (reinterpret_cast<u64>(to) % 16) throw std::runtime_error("a store that is not aligned");
     std::memcpy(to, value, 16);
+}
+inline void load_global(u32 (&to)[4], const void* from) {
+    if (reinterpret_cast<u64>(from) % 16) throw std::runtime_error("a load that is not aligned");
+    std::memcpy(to, from, 16);
 }
 inline u32 load_global(const void* from) { return *static_cast<const u32*>(from); }
 
