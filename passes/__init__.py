@@ -15,6 +15,7 @@ from .norm import fold_norms
 from .normalize import normalize
 from .producer import Producer
 from .producers import producer_of
+from .residual import fold_residual_norms
 from .rotary import fold_rotations
 from .rows import split_rows
 from .together import run_together
@@ -27,6 +28,7 @@ FUSIONS: tuple[Callable[[fx.Graph], int], ...] = (
     fold_norms,
     fold_concatenations,
     fold_epilogues,
+    fold_residual_norms,
     fold_rotations,
     choose_at_run_time,
     run_together,

@@ -400,6 +400,10 @@ def _step_write_weight(b: _Builder) -> None:
 def _step_residual(b: _Builder) -> None:
     x = b.pick(64)
     y = b.linear(x, 64)
+    if b.draw.random() < 0.4:  # a norm behind the layer too
+        y = _norm(b, y)
+        if b.draw.random() < 0.2:
+            b.keep(y)
     if b.draw.random() < 0.6:
         gate = _modulation(b, x)
         if b.draw.random() < 0.2:
