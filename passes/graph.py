@@ -190,9 +190,14 @@ def value(node: Any) -> Any:
 
 
 def tensor(node: Any) -> Tensor | None:
-    """The example value of a node if it is a tensor."""
+    """The example value of a node if it is a tensor that any op may read: none inside a vmap or the like."""
     example = value(node)
-    return example if isinstance(example, Tensor) else None
+    return example if isinstance(example, Tensor) and not is_transformed(example) else None
+
+
+def is_transformed(example: Any) -> bool:
+    """Whether a value is one that a functorch transform works on, for which our ops have no rules."""
+    return isinstance(example, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(example)
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -20,7 +20,19 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..runtime import layout, ops
-from .graph import arg, getitem, insert, is_one, kind, replace, rows, skip_row_views, tensor
+from .graph import (
+    arg,
+    getitem,
+    insert,
+    is_one,
+    is_transformed,
+    kind,
+    replace,
+    rows,
+    skip_row_views,
+    tensor,
+    value,
+)
 from .mutation import Mutations, remove_dead
 from .site import META, Note, arrange_branches, cast, padded_branch, shaped
 
@@ -93,8 +105,10 @@ def match_linear(node: fx.Node) -> Linear | None:
         data["deflated"] = node.args[10] if len(node.args) > 10 else 0
     else:
         return _match_disguised(node)
-    x_value, w_value, out = tensor(x), tensor(weight), tensor(node)
-    if x_value is None or w_value is None or out is None or w_value.dim() != 2 or not x_value.dim():
+    x_value, w_value, out = value(x), value(weight), value(node)
+    if not all(isinstance(example, Tensor) for example in (x_value, w_value, out)):
+        return None
+    if w_value.dim() != 2 or not x_value.dim():
         return None
     n, k = (int(size) if isinstance(size, int) else 0 for size in w_value.shape)
     found = Linear(
@@ -211,6 +225,8 @@ def restore_shape(y: fx.Node, x: fx.Node, like: fx.Node) -> fx.Node:
 
 def _obstacle(linear: Linear, x: Tensor, weight: Tensor, out: Tensor) -> str | None:
     """Why the layer cannot be sparse on any device, in words for the report."""
+    if any(is_transformed(example) for example in (x, weight, out)):
+        return "it is inside a transform such as torch.vmap"
     for role, example in (("input", x), ("weight", weight)):
         if is_traceable_wrapper_subclass(example):
             return f"the {role} is a {type(example).__name__}, not a plain tensor"

@@ -166,6 +166,26 @@ def test_gradients_switched_on_inside():
     assert "switched on inside" in lynx_compile.report().notes[0]
 
 
+def test_what_a_transform_works_on_is_left_alone():
+    """The ops have no batching rules: neither for a layer's own input nor for what is added to its output."""
+    model = mlp()
+
+    def forward(x, h):
+        inside = torch.vmap(lambda row: model.up(row) + model.up(h))(x)
+        return inside, model.up(h)
+
+    with torch.no_grad():
+        inside, sparse = compiled(forward)(X, X[0])
+    definition = semantics.sparsify(X[0])
+    want = semantics.sparse_linear(
+        definition.pruned, definition.scale, definition.t, model.up.weight, bias=model.up.bias
+    )
+    torch.testing.assert_close(sparse, want)
+    torch.testing.assert_close(inside, model.up(X) + want)
+    decisions = [(row.decision, "torch.vmap" in row.reason) for row in lynx_compile.report().rows]
+    assert decisions == [("dense", True), ("sparse", False), ("sparse", False)]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_parameters_that_want_gradients_are_fine_without_them(mode):
     model = mlp().requires_grad_(True)
