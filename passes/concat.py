@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..runtime import layout
-from .graph import arg, kind, same_shape, skip_casts, tensor
+from .graph import arg, kind, same_shape, same_size, skip_casts, tensor
 from .producer import Producer, activation_of, fold, skip_cast_of_result
 
 
@@ -39,6 +39,8 @@ def match_concatenation(x: fx.Node) -> Producer | None:
     width = a.shape[-1]
     if (
         not isinstance(width, int)
+        or not width
+        or same_size(b.shape[-1], 0)
         or width % layout.BLOCK_COLUMNS
         or not same_shape(a.shape[:-1], b.shape[:-1])
     ):

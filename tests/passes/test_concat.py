@@ -26,8 +26,10 @@ def test_flux_single_block(act, name):
         (lambda m, a, b: m.out(torch.cat([a, b, b], -1)[..., :192]), [A, B]),
         (lambda m, a, b: m.out(torch.cat([a, b, a, b], -1)[..., :192]), [ODD, B]),
         (lambda m, a, b: m.out(torch.cat([a, b], 1)), [torch.randn(2, 3, 192), torch.randn(2, 4, 192)]),
+        (lambda m, a, b: m.out(torch.cat([a, b], -1)), [torch.randn(2, 5, 0), torch.randn(2, 5, 192)]),
+        (lambda m, a, b: m.out(torch.cat([a, b], -1)), [torch.randn(2, 5, 192), torch.randn(2, 5, 0)]),
     ],
-    ids=["three parts", "narrow first part", "along tokens"],
+    ids=["three parts", "narrow first part", "along tokens", "nothing in front", "nothing behind"],
 )
 def test_left_alone(forward, inputs):
     unchanged = {"cat": 1, "sparsify:identity": 1}
