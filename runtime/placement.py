@@ -36,6 +36,8 @@ def prepare(
     rows = m // samples
     if gate is not None or residual is not None or (samples > 1 and rows % layout.BLOCK_ROWS):
         return None
+    if bias is not None and bias.numel() not in (n, samples * n):
+        return None
     whole = [((samples * (above + rows), n), dtype)]
     blocks = metadata.view(-1, k // layout.BLOCK_COLUMNS, layout.WORDS).split(-(-rows // layout.BLOCK_ROWS))
     biases = [bias] * samples if bias is None or bias.numel() == n else bias.reshape(samples, n).unbind(0)

@@ -89,9 +89,12 @@ def test_below(samples, rows, above, rank, own_bias):
     torch.testing.assert_close(placed(arguments, top=top), expected(arguments, top=top))
 
 
-@pytest.mark.parametrize("arguments", [layer(2 * 70, 48), layer(128, 48, gate=True)])
+@pytest.mark.parametrize(
+    "arguments", [layer(2 * 70, 48), layer(128, 48, gate=True), layer(256, 48, samples=4)]
+)
 def test_what_cannot_be_below_has_no_call(arguments):
-    """Samples that end inside a block of metadata; a gate or a residual, whose rows would have to move."""
+    """Samples that end inside a block of metadata; a gate or a residual, whose rows would have to move; a
+    bias of other samples."""
     assert placed(arguments, top=torch.randn(2, 4, 48)) is None
 
 
