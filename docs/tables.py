@@ -180,9 +180,11 @@ def kernels(result: Result) -> list[str]:
 
 def start(result: Result) -> list[str]:
     """Compilation before the first step of a process, without and with caches on disk."""
-    lines = _head(["model", "backend", "first process, s", "second process, s", "faster"])
+    columns = {"cold_s": "first process, s", "warm_s": "second process, s", "tracing_s": "of it tracing"}
+    columns = {key: heading for key, heading in columns.items() if all(key in row for row in result["rows"])}
+    lines = _head(["model", "backend", *columns.values(), "faster"])
     for row in result["rows"]:
-        cells = [f"{row['cold_s']:.2f}", f"{row['warm_s']:.2f}", f"**{row['faster']:.1f}×**"]
+        cells = [*(f"{row[key]:.2f}" for key in columns), f"**{row['faster']:.1f}×**"]
         lines.append(_line([row["model"], row["backend"], *cells]))
     return [*lines, "", _source(result, "")]
 

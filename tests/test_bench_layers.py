@@ -104,7 +104,8 @@ def test_two_processes_share_caches_of_their_own(monkeypatch, capsys):
         asked = json.loads(command[-1])
         seen.append((asked["backend"], env["TORCHINDUCTOR_CACHE_DIR"], env["LYNX_CACHE_DIR"]))
         seconds = 8.0 if [name for name, *_ in seen].count(asked["backend"]) == 1 else 2.0
-        said = json.dumps({"compile_s": seconds, "step_ms": 10.0, "cache_hits": {"aot": 2, "inductor": 0}})
+        hits = {"aot": 2, "inductor": 0}
+        said = json.dumps({"compile_s": seconds, "tracing_s": 0.5, "step_ms": 10.0, "cache_hits": hits})
         return subprocess.CompletedProcess(command, 0, f"a warning\n{said}\n", "")
 
     monkeypatch.setattr(subprocess, "run", process)
@@ -118,6 +119,13 @@ def test_two_processes_share_caches_of_their_own(monkeypatch, capsys):
     assert len({folder for _, *folders in seen for folder in folders}) == 4
     layers_report.show_start(rows, Console())
     assert "4.0×" in capsys.readouterr().out
+
+
+def test_tracing_is_told_from_the_rest():
+    torch._dynamo.reset()
+    before = start.tracing_s()
+    torch.compile(torch.nn.Linear(4, 4), backend="eager")(torch.randn(2, 4))
+    assert start.tracing_s() > before
 
 
 def test_a_process_that_fails_says_why(monkeypatch):

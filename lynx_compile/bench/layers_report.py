@@ -66,7 +66,8 @@ def plot(result: Mapping[str, Any], path: str | Path, title: str = "") -> None:
 def show_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """One row a backend: seconds before the first step, without and with caches."""
     table = Table(title="Compiling before the first step of a process")
-    for heading in ("model", "backend", "first process, s", "second process, s", "faster", "step, ms"):
+    timed = "first process, s", "second process, s", "of it tracing, s", "faster", "step, ms"
+    for heading in ("model", "backend", *timed):
         table.add_column(heading, justify="left" if heading in ("model", "backend") else "right")
     for row in rows:
         table.add_row(
@@ -74,6 +75,7 @@ def show_start(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             row["backend"],
             f"{row['cold_s']:.2f}",
             f"{row['warm_s']:.2f}",
+            f"{row['tracing_s']:.2f}",
             f"{row['faster']:.1f}×",
             f"{row['step_ms']:.1f}",
         )
