@@ -160,7 +160,7 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
     if len(parts) != 2 or parts[1] is not site.out or parts[0] is site.out or out is None:
         return False
     other, dims = tensor(parts[0]), out.dim()
-    if other is None or not _alike(other, out) or other.dim() != dims or _has(site, "left", "top"):
+    if other is None or not _alike(other, out) or other.dim() != dims:
         return False
     axis = arg(cat, "dim", 0) % dims
     if not all(

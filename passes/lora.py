@@ -31,7 +31,7 @@ from .graph import (
     tensor,
 )
 from .mutation import Mutations, remove_dead
-from .site import Site, arrange_branches, padded_branch, sites
+from .site import Site, arrange_branches, padded_branch, runs_together, sites
 
 
 class _Adapter(NamedTuple):
@@ -166,6 +166,8 @@ def _reads_the_same(
     if x is not skip_row_views(_skip_casts(inputs[0])):
         return False
     here = site.sparsify
+    if runs_together(here):  # those layers' columns of t are settled
+        return False
     if position.get(adapter.down, len(position)) > position.get(here, -1):
         return False
     scales = [scale for scale in adapter.scales if isinstance(scale, fx.Node)]

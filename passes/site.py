@@ -64,8 +64,10 @@ class Site:
         """Compute the layer where `consumed` is, with further arguments, in its place.
 
         shape: of the result, where that is another than the layer's. False, and nothing done, if an operand
-        may be written to in between.
+        may be written to in between, or if the output holds more than what the layer computes.
         """
+        if "left" in self.y.kwargs or "top" in self.y.kwargs:
+            return False
         if any(mutations.between(read, self.y, consumed) for read in self.y.all_input_nodes):
             return False
         y = insert(consumed, ops.sparse_linear, self.y.args, self.y, **{**self.y.kwargs, **epilogue})
@@ -108,6 +110,11 @@ def sites_of(sparsify: fx.Node) -> list[Site]:
         reshaped = len(readers) == 1 and readers[0].meta.get(META) is _SHAPE  # ours, not one of the model
         found.append(Site(sparsify, y, readers[0] if reshaped else y, y.meta.get(META, Note(y.name))))
     return found
+
+
+def runs_together(sparsify: fx.Node) -> bool:
+    """Whether layers that read a `sparsify` are one call already."""
+    return any(user.target is ops.sparse_linears for part in sparsify.users for user in part.users)
 
 
 def padded_branch(

@@ -125,6 +125,25 @@ def test_concatenation(forward, other):
 
 
 @pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x, o: F.gelu(torch.cat([o, m.a(x)], 1)),
+        lambda m, x, o: torch.cat([o, o], -1) + torch.cat([o, m.a(x[:, :3])], -1),
+        lambda m, x, o: torch.cat([o, torch.cat([o, m.a(x)], 1)], 1),
+    ],
+)
+def test_nothing_more_is_folded_into_what_holds_a_part_that_is_not_the_layers(forward):
+    """`check_fusion` runs the pass twice."""
+    check_fusion(
+        function(forward, a=nn.Linear(64, 64)),
+        [torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)), TOP],
+        fold_epilogues,
+        {"sparse_linear": 1},
+        {"sparse_linear": 1},
+    )
+
+
+@pytest.mark.parametrize(
     ("forward", "other"),
     [
         (lambda m, x, o: torch.cat([m.a(x), o], -1), LEFT),  # the layer's part comes first
