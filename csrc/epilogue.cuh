@@ -30,8 +30,8 @@ __device__ __forceinline__ void transpose_in_quad(u32 (&x)[4], int lane) {
 
 // What the epilogue takes per column, one row a sample: bias and gate. Where all rows of a warpgroup belong to one
 // sample they are staged in shared memory as fp32: the bias, then the gate, `kWidth` floats each. Otherwise each
-// lane reads those of its own two rows from global memory.
-template <class Element, int kWidth, bool kTail>
+// lane reads those of its own two rows from global memory. kTail: 0 for no gate, 2 if samples may meet.
+template <class Element, int kWidth, int kTail>
 struct Vectors {
     static constexpr int kOwn = (kWidth + 127) / 128;  // of each vector, held by one thread of the warpgroup
     const unsigned short *bias, *gate;                 // (samples, N) or null
@@ -43,12 +43,12 @@ struct Vectors {
     // Starts the loads of columns `column` … for rows `top` … `bottom`. They stay in registers until `stage`.
     __device__ __forceinline__ void load(int top, int bottom, int column, int thread) {
         const int bias_sample = top / bias_rows, gate_sample = kTail ? top / gate_rows : 0;
-        together = !kTail || (bottom / bias_rows == bias_sample && bottom / gate_rows == gate_sample);
+        together = kTail < 2 || (bottom / bias_rows == bias_sample && bottom / gate_rows == gate_sample);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
             const int at = column + thread + 128 * i;
             const bool inside = at < n && thread + 128 * i < kWidth;
-            own_bias[i] = 0, own_gate[i] = Element::pack(1.0f, 0.0f);
+            own_bias[i] = 0, own_gate[i] = 0;
             if (bias != nullptr && inside) own_bias[i] = bias[u64(bias_sample) * n + at];
             if (kTail && gate != nullptr && inside) own_gate[i] = gate[u64(gate_sample) * n + at];
         }
@@ -78,8 +78,8 @@ struct Global {
 
 // The 16 rows of a warp in a 64-row block. A wgmma accumulator tile gives each lane, for each 8 columns, two
 // neighbours in row lane / 4 and two in row lane / 4 + 8: `half` 0 and 1 below.
-// kTail: a gate, a residual or samples that meet inside a warpgroup; which of them is told at run time.
-template <class Element, int kActivation, bool kTail, int kWidth>
+// kTail: 1 for a gate, a residual or both; 2 if samples may meet, too. Which of them is told at run time.
+template <class Element, int kActivation, int kTail, int kWidth>
 struct Rows {
     const Vectors<Element, kWidth, kTail>& vectors;
     const float* staged;  // where the vectors are, from the first column this lane computes
@@ -95,7 +95,7 @@ struct Rows {
         : vectors(vectors), staged(staged + 2 * (lane % 4)), stride(stride), row(first_row + lane / 4),
           column(column + 8 * (lane % 4)), valid(m - row), columns(vectors.n - this->column), lane(lane) {
         this->y = y + (u64(row) * stride + this->column);
-        if (kTail && !vectors.together)
+        if (kTail == 2 && !vectors.together)
             for (int half = 0; half < 2; ++half) {
                 const int own = min(row + 8 * half, m - 1), at = column + 2 * (lane % 4);
                 bias_at[half] = own / vectors.bias_rows * vectors.n + at;
@@ -137,9 +137,10 @@ struct Rows {
             for (int j = 0; j < 4; ++j) {
                 const int at = from + 8 * j;
                 float2 bias, gate;
-                if (!kTail || vectors.together) {
+                if (kTail < 2 || vectors.together) {
                     bias = ptx::load_shared_pair(staged + at);
-                    if (kTail) gate = ptx::load_shared_pair(staged + kWidth + at);
+                    gate = {1.0f, 1.0f};
+                    if (kTail && vectors.gate != nullptr) gate = ptx::load_shared_pair(staged + kWidth + at);
                 } else {
                     const bool inside = at < columns + 8 * (lane % 4);
                     bias = pair(vectors.bias, bias_at[half] + at, inside, 0.0f);

@@ -13,7 +13,7 @@
 // branch and y.
 //
 // Macros (runtime/gemm_sm90.py): BF16, CONSUMERS, BLOCKS, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT, ACTIVATION,
-// HAS_TAIL.
+// TAIL: 0 for none, 1 for a gate or a residual, 2 where samples may also meet in the rows of a warpgroup.
 
 #include "epilogue.cuh"
 #include "ptx.cuh"
@@ -45,8 +45,8 @@ constexpr int kLayers = 4;  // of one launch, at most
 
 constexpr int kBoxBytes = 64 * 64 * 2;  // of the residual: 64 rows, 64 columns
 constexpr int kBoxes = kTileN % 128 == 0 && kConsumers * 2 * kBoxBytes <= kWeightBytes + kValueBytes ? 2 : 1;  // a step
-constexpr bool kRingResidual = HAS_TAIL && kSplit == 1;  // otherwise the epilogue loads it
-constexpr int kVectors = HAS_TAIL ? 2 : 1;    // staged per column: the bias, and the gate
+constexpr bool kRingResidual = TAIL && kSplit == 1;  // otherwise the epilogue loads it
+constexpr int kVectors = TAIL ? 2 : 1;    // staged per column: the bias, and the gate
 constexpr int kVectorBytes = 2 * kConsumers * kVectors * kTileN * 4;
 constexpr int kSharedBytes = kStages * kSlotBytes + kVectorBytes + 2 * kStages * 8;
 
@@ -80,7 +80,7 @@ struct Params {
     const unsigned short* bias[kLayers];  // (samples, N) or null
     unsigned short* y[kLayers];           // (M, N), rows y_stride elements apart
     int n[kLayers], y_stride[kLayers], lora_steps[kLayers];
-    int bias_rows[kLayers];           // M / samples; without HAS_TAIL all rows of a warpgroup are in one sample
+    int bias_rows[kLayers];           // M / samples; unless TAIL is 2, all rows of a warpgroup are in one
     int first[kLayers];               // column of clusters where the layer begins; of absent ones past the last
     int columns;                      // of clusters, of all layers
     int m, k_steps, gate_rows;
@@ -215,8 +215,8 @@ __device__ void produce(const Params& p, Ring ring, int rank, int lane) {
 
 using Tile = wgmma::Tile<kTileN>;
 using Element = lynx::ElementOf<!kBf16>::Type;
-using Vectors = epilogue::Vectors<Element, kTileN, HAS_TAIL>;
-using Rows = epilogue::Rows<Element, ACTIVATION, HAS_TAIL, kTileN>;
+using Vectors = epilogue::Vectors<Element, kTileN, TAIL>;
+using Rows = epilogue::Rows<Element, ACTIVATION, TAIL, kTileN>;
 constexpr int kPart = kTileN / kSplit;  // columns a block stores
 
 template <int kSelector>
@@ -360,7 +360,7 @@ struct Consumer {
                         ring.advance();
                     }
                 } else {
-                    rows.store(acc[b] + c / 2, c, epilogue::Global{HAS_TAIL ? p.residual_at : nullptr});
+                    rows.store(acc[b] + c / 2, c, epilogue::Global{TAIL ? p.residual_at : nullptr});
                 }
             }
         }

@@ -116,7 +116,8 @@ def _gemm_units(size: _Size, layers: Sequence[operands.Layer]) -> list[build.Uni
         widths = tuple(_hint(known[i].weight.shape[0]) for i in group)
         first = known[group[0]]
         tail = first.gate is not None or first.residual is not None
-        samples = (operands.samples(known[i].bias, n) for i, n in zip(group, widths, strict=True))
+        vectors = [(known[i].bias, n) for i, n in zip(group, widths, strict=True)] + [(first.gate, widths[0])]
+        samples = (operands.samples(vector, n) for vector, n in vectors)
         rows = min(size.m // max(_hint(count), 1) for count in samples)
         variant: Any = widths if hopper else widths[0]
         kernel_for = gemm_sm90.kernel_for if hopper else gemm_mma.kernel_for

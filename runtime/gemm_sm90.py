@@ -81,40 +81,34 @@ class Tile(NamedTuple):
         return -(-m // (self.m * self.cluster_m)), sum(-(-n // (self.n * self.cluster_n)) for n in widths)
 
 
-# Tiles with the dense-equivalent TFLOP/s that each reaches when it fills the chip (docs/kernels.md).
+# Tiles with the dense-equivalent TFLOP/s of their multiplications when they fill the chip. These and the
+# numbers below fit every tile's times over 34 shapes: what is chosen loses 4% at most (docs/kernels_gemm.md).
 RATES = {
-    Tile(consumers=2, blocks=2, n=192, cluster_m=2, cluster_n=1): 1000,
-    Tile(consumers=2, blocks=1, n=256, cluster_m=2, cluster_n=1): 975,
-    Tile(consumers=3, blocks=1, n=192, cluster_m=2, cluster_n=1): 945,
-    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=2): 930,
-    Tile(consumers=2, blocks=1, n=192, cluster_m=2, cluster_n=1): 860,
-    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=2): 715,
-    Tile(consumers=2, blocks=1, n=64, cluster_m=1, cluster_n=2): 475,
-    Tile(consumers=2, blocks=2, n=192, cluster_m=1, cluster_n=1, split=2): 970,
-    Tile(consumers=2, blocks=1, n=256, cluster_m=1, cluster_n=1, split=2): 945,
-    Tile(consumers=2, blocks=1, n=192, cluster_m=1, cluster_n=1, split=2): 830,
-    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=1, split=2): 890,
-    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=1, split=4): 890,
-    Tile(consumers=2, blocks=1, n=256, cluster_m=1, cluster_n=1, split=4): 890,
-    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=1, split=4): 690,
+    Tile(consumers=2, blocks=2, n=192, cluster_m=2, cluster_n=1): 1065,
+    Tile(consumers=2, blocks=1, n=256, cluster_m=2, cluster_n=1): 1070,
+    Tile(consumers=3, blocks=1, n=192, cluster_m=2, cluster_n=1): 1045,
+    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=2): 1015,
+    Tile(consumers=2, blocks=1, n=192, cluster_m=2, cluster_n=1): 970,
+    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=2): 810,
+    Tile(consumers=2, blocks=2, n=192, cluster_m=1, cluster_n=1, split=2): 1025,
+    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=1, split=2): 1070,
+    Tile(consumers=2, blocks=1, n=192, cluster_m=1, cluster_n=1, split=2): 960,
+    Tile(consumers=2, blocks=2, n=128, cluster_m=1, cluster_n=1, split=4): 705,
+    Tile(consumers=2, blocks=1, n=128, cluster_m=1, cluster_n=1, split=4): 710,
 }
-TILE_OVERHEAD = 2e-6  # seconds a tile takes beside its multiplications
-SPLIT_OVERHEAD = 2e-6  # seconds for the exchange of partial sums
+TILE_OVERHEAD = 2.5e-6  # seconds a tile takes beside its multiplications
+SPLIT_OVERHEAD = 3.4e-6  # seconds more for the exchange of partial sums
 FILLED_BY_FOUR = 0.91  # share of the multiprocessors that clusters of four blocks can occupy
 # The chip is bound by power: multiprocessors without a tile let the others run faster, up to the highest
-# clock. A part-empty wave therefore costs less than its share; these two numbers fit the measurements.
-IDLE_EXPONENT = 0.55
-CLOCK_HEADROOM = 1.4
+# clock. A part-empty wave therefore costs less than its share.
+IDLE_EXPONENT = 0.7
+CLOCK_HEADROOM = 1.25
 
 
-def _slow_with_tail(tile: Tile) -> bool:
-    """Whether a gate or a residual costs the tile more than its size is worth."""
-    return tile.blocks * tile.n > 256
-
-
-def _has_tail(tile: Tile, tail: bool, m: int, bias_rows: Sequence[int]) -> bool:
-    """Whether a launch needs the variant with a tail: samples that meet in a warpgroup need it, too."""
-    return tail or any(rows < m and rows % (64 * tile.blocks) for rows in bias_rows)
+def _tail_level(tile: Tile, tail: bool, m: int, sample_rows: Sequence[int]) -> int:
+    """The variant's TAIL. tail: a gate or a residual. sample_rows: of X for each row of a bias or a gate."""
+    meet = any(rows < m and rows % (64 * tile.blocks) for rows in sample_rows)
+    return 2 if meet else int(tail)
 
 
 def _clusters(tile: Tile, processors: int) -> int:
@@ -123,18 +117,10 @@ def _clusters(tile: Tile, processors: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(
-    m: int,
-    n: int | tuple[int, ...],
-    k: int,
-    tail: bool,
-    processors: int,
-    bias_rows: tuple[int, ...] = (),
-) -> Tile:
+def choose(m: int, n: int | tuple[int, ...], k: int, processors: int) -> Tile:
     """The tile with the least predicted time: its measured rate, less what the last wave leaves empty.
 
-    n: the width of a layer, or of each layer of a launch. tail: a gate or a residual follows. bias_rows: rows
-    of X for each row of each layer's bias.
+    n: the width of a layer, or of each layer of a launch.
     """
     widths = (n,) if isinstance(n, int) else n
 
@@ -148,19 +134,14 @@ def choose(
         overhead = TILE_OVERHEAD + (SPLIT_OVERHEAD if tile.split > 1 else 0.0)
         return flops / (RATES[tile] * 1e12) * slowdown + waves * overhead
 
-    def fits(tile: Tile) -> bool:
-        return tile.split <= k // STEP_K and not (
-            _slow_with_tail(tile) and _has_tail(tile, tail, m, bias_rows)
-        )
-
-    return min(filter(fits, RATES), key=seconds)
+    return min((tile for tile in RATES if tile.split <= k // STEP_K), key=seconds)
 
 
 @functools.cache
-def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kernel:
+def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: int) -> Kernel:
     """The variant for a tile, an element type and an epilogue.
 
-    tail: a gate, a residual, or a bias whose samples may meet in the rows of one warpgroup.
+    tail: 0 for none, 1 for a gate or a residual, 2 where samples may also meet in the rows of a warpgroup.
     """
     return Kernel(
         SOURCE,
@@ -186,7 +167,7 @@ def kernel(tile: Tile, dtype: torch.dtype, activation: str, tail: bool) -> Kerne
             "CLUSTER_N": tile.cluster_n,
             "SPLIT": tile.split,
             "ACTIVATION": list(ACTIVATIONS).index(activation),
-            "HAS_TAIL": int(tail),
+            "TAIL": tail,
         },
     )
 
@@ -199,25 +180,22 @@ def kernel_for(
     k: int,
     activation: str,
     tail: bool,
-    bias_rows: int | None = None,
+    sample_rows: int | None = None,
 ) -> Kernel:
     """The kernel that is launched for these sizes.
 
-    n: the width of a layer, or of each layer of a launch. tail: a gate, a residual or both. bias_rows: rows
-    of X for each row of the bias; all by default.
+    n: the width of a layer, or of each layer of a launch. tail: a gate, a residual or both. sample_rows: rows
+    of X for each row of the bias or the gate; all by default.
     """
-    samples_of = (bias_rows or m,)
-    tile = choose(m, n, k, tail, multiprocessors(device), samples_of)
-    return kernel(tile, dtype, activation, _has_tail(tile, tail, m, samples_of))
+    tile = choose(m, n, k, multiprocessors(device))
+    return kernel(tile, dtype, activation, _tail_level(tile, tail, m, (sample_rows or m,)))
 
 
 def variants() -> Iterator[build.Unit]:
     """Every variant that a call can ask for."""
     for tile, dtype, activation, tail in product(
-        RATES, (torch.bfloat16, torch.float16), ACTIVATIONS, (False, True)
+        RATES, (torch.bfloat16, torch.float16), ACTIVATIONS, range(3)
     ):
-        if tail and _slow_with_tail(tile):
-            continue
         yield kernel(tile, dtype, activation, tail).unit("sm_90a")
 
 
@@ -298,11 +276,12 @@ def _pack(
     widths = tuple(layer.weight.shape[0] for layer in layers)
     gate, residual = layers[0].gate, layers[0].residual
     tail = gate is not None or residual is not None
+    gate_rows = m // samples(gate, widths[0])
     bias_rows = tuple(m // samples(layer.bias, n) for layer, n in zip(layers, widths, strict=True))
     if tile is not None and tile.split > k // STEP_K:
         raise ValueError(f"{tile} cannot split K = {k}: each part needs {STEP_K} columns; take another tile")
     if tile is None:
-        tile = choose(m, widths, k, tail, processors, bias_rows)
+        tile = choose(m, widths, k, processors)
     rows, columns = tile.grid(m, *widths)
     part_m, part_n = tile.m // tile.cluster_n, tile.n // tile.cluster_m
     fields: list[tuple[Any, ...]] = []  # of each layer: tensor maps, address of the bias, numbers
@@ -326,7 +305,8 @@ def _pack(
         begin += tile.grid(m, n)[1]
     fields += [(_NO_MAP, _NO_MAP, _NO_MAP, 0, 0, 0, 0, m, NEVER)] * (LAYERS - len(layers))
     weights, ts, ups, biases, *numbers = zip(*fields, strict=True)
-    variant = kernel(tile, dtype, layers[0].activation, _has_tail(tile, tail, m, bias_rows))
+    level = _tail_level(tile, tail, m, (*bias_rows, gate_rows))
+    variant = kernel(tile, dtype, layers[0].activation, level)
     packed = variant.pack(
         _map(values, m, half, 32, part_m),
         _map(residual, m, widths[0], 64, 64),
@@ -343,7 +323,7 @@ def _pack(
         columns,
         m,
         k // STEP_K,
-        m // samples(gate, widths[0]),
+        gate_rows,
         max(1, RASTER_ROWS // (tile.m * tile.cluster_m)),
     )
     clusters = rows * columns if tile.split > 1 else min(rows * columns, processors // tile.cluster)

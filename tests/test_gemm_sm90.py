@@ -47,26 +47,28 @@ def test_layers_share_a_launch_unless_their_epilogues_differ():
     assert gemm_sm90.groups([plain, gelu, plain, gated, gelu, added, plain]) == [[0, 2, 6], [1, 4], [3], [5]]
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "k"), [(4096, 3072, 3072), (4608, (3072, 12288), 3072), (1, 16, 64), (20000, 9216, 64)]
-)
-def test_a_tail_never_gets_a_tile_it_slows_down(m, n, k):
-    assert not gemm_sm90._slow_with_tail(choose(m, n, k, True, PROCESSORS))
+def test_samples_that_meet_in_the_rows_of_a_warpgroup_need_their_variant():
+    tall, flat = gemm_sm90.Tile(2, 2, 192, 2, 1), gemm_sm90.Tile(2, 1, 256, 2, 1)
+    assert [gemm_sm90._tail_level(flat, tail, 4096, (4096, 4096)) for tail in (False, True)] == [0, 1]
+    assert [gemm_sm90._tail_level(tile, False, 4096, (4096, 1000)) for tile in (tall, flat)] == [2, 2]
+    assert [gemm_sm90._tail_level(tile, True, 4032, (4032, 1344)) for tile in (tall, flat)] == [2, 1]
 
 
-def test_samples_that_meet_in_the_rows_of_a_warpgroup_count_as_a_tail():
-    whole, split = ((choose(4096, 9216, 3072, False, PROCESSORS, (rows,))) for rows in (1024, 1000))
-    assert gemm_sm90._slow_with_tail(whole)
-    assert not gemm_sm90._slow_with_tail(split)
+def test_few_tiles_are_split_until_they_fill_the_chip():
+    """512 × 3072 is 64 tiles of 128 × 192, half a chip; 256 × 3072 is 24 of 256 × 128."""
+    for m, split in ((512, 2), (256, 4)):
+        tile = choose(m, 3072, 12288, PROCESSORS)
+        rows, columns = tile.grid(m, 3072)
+        assert tile.split == split
+        assert 0.7 * PROCESSORS <= rows * columns * split <= PROCESSORS
 
 
-def test_few_rows_spread_over_many_multiprocessors():
-    """One row of tiles: the narrowest, as no other occupies as much of the chip."""
-    narrowest = min(RATES, key=lambda tile: tile.m * tile.n)
-    assert choose(64, 3072, 3072, False, PROCESSORS) == narrowest
+@given(m=st.integers(1, 9000), n=st.integers(1, 900).map(lambda i: 16 * i), k=st.integers(1, 3))
+def test_no_part_of_k_is_empty(m, n, k):
+    assert choose(m, n, 64 * k, PROCESSORS).split <= k
 
 
 def test_a_nearly_empty_last_wave_is_avoided():
     """4608 × 3072 is 2.2 waves of 256 × 192 and 2.9 of 192 × 192, which measures faster."""
-    tile = choose(4608, 3072, 15360, False, PROCESSORS)
+    tile = choose(4608, 3072, 15360, PROCESSORS)
     assert (tile.m, tile.n) == (192, 192)

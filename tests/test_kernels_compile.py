@@ -44,15 +44,13 @@ def hopper_gemm():
     by_tile = {}
     for unit in units:
         defines = dict(unit.defines)
-        tile = tuple(defines[key] for key in ("CONSUMERS", "BLOCKS", "TILE_N", "CLUSTER_M", "CLUSTER_N"))
-        by_tile.setdefault(tile, []).append(
-            (defines["ACTIVATION"], defines["HAS_TAIL"], defines["BF16"], unit)
-        )
+        tile = tuple(defines[key] for key in ("CONSUMERS", "BLOCKS", "TILE_N", "SPLIT"))
+        by_tile.setdefault(tile, []).append((defines["ACTIVATION"], defines["TAIL"], defines["BF16"], unit))
     for i, variants in enumerate(by_tile.values()):
         bf16 = [v for v in variants if v[2]]
         chosen = {bf16[0][3], max(bf16, key=lambda v: (v[1], v[0] == 1))[3]}
         if i == 0:
-            chosen |= {v[3] for v in bf16 if not v[1]} | {variants[-1][3]}
+            chosen |= {v[3] for v in bf16 if v[1] < 2} | {variants[-1][3]}
         yield from chosen
 
 
