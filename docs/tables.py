@@ -201,13 +201,17 @@ def coverage(result: Result) -> list[str]:
 
 def quality(result: Result) -> list[str]:
     """Every method against the dense model at the same seeds."""
-    lines = _head(["method", "sparse", "PSNR, dB", "SSIM", "error (95%)", "KID (95%)", "made in, s"])
+    lines = _head(
+        ["method", "sparse", "branch", "PSNR, dB", "SSIM", "error (95%)", "KID (95%)", "made in, s"]
+    )
     for row in result["rows"]:
+        added = result.get("details", {}).get(row["method"], {}).get("branch_flops_share")
         if row["latent_rel_err"]:
             cells = [f"{row['sparse_flops_share']:.1%}" if row["sparse_flops_share"] else "–"]
-            cells += [f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", _interval(row, "latent_rel_err", 3)]
+            cells += ["–" if added is None else f"{added:.0%}", f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}"]
+            cells += [_interval(row, "latent_rel_err", 3)]
         else:
-            cells = ["–"] * 4
+            cells = ["–"] * 5
         cells += [_interval(row, "kid", 3), f"{row['calibration_s']:.1f}" if row["calibration_s"] else "–"]
         lines.append(_line([row["method"], *cells]))
     return [*lines, "", _source(result, "{prompts} held-out prompts, {steps} steps")]
@@ -236,16 +240,24 @@ def distillation(result: Result) -> list[str]:
 def quality_race(result: Result) -> list[str]:
     """How long training takes to the closed form's error."""
     lines = _head(
-        ["rank", "closed form, s", "its error", "training to within 5%, s", "1%", "0%", "after all steps"]
+        [
+            "rank",
+            "prompts",
+            "closed form, s",
+            "its error",
+            "training to within 5%, s",
+            "1%",
+            "0%",
+            "at its end",
+        ]
     )
     for rank, race in result["studies"]["recipe_against_closed_form"].items():
-        reached = [race["reached"][slack] for slack in ("5%", "1%", "0%")]
-        times = [
-            "not reached" if at is None else f"{at['seconds']:.1f} (step {at['step']})" for at in reached
-        ]
         step, seconds, error = race["history"][-1]
-        cells = [f"{race['closed_form_s']:.1f}", f"{race['closed_form_error']:.4f}", *times]
-        lines.append(_line([rank, *cells, f"{error:.4f} ({step} steps, {seconds:.1f} s)"]))
+        for closed in race["closed_form"]:
+            met = [closed["training_to_within"][slack] for slack in ("5%", "1%", "0%")]
+            times = ["never" if at is None else f"{at['seconds']:.1f} (step {at['step']})" for at in met]
+            cells = [str(closed["prompts"]), f"{closed['seconds']:.2f}", f"{closed['error']:.4f}", *times]
+            lines.append(_line([rank, *cells, f"{error:.4f} ({step} steps, {seconds:.1f} s)"]))
     return [*lines, "", _source(result, "mean over layers of the relative output error, validation prompts")]
 
 

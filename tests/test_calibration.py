@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lynx_compile.calibration import Inputs, calibrate, emulate
+from lynx_compile.calibration.collect import Collector
 from lynx_compile.calibration.refine import (
     distill_layers,
     random_branches,
@@ -22,7 +23,7 @@ from lynx_compile.calibration.refine import (
 )
 from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
 from lynx_compile.calibration.solve import allocate_ranks, deflations, lora_branches
-from lynx_compile.calibration.statistics import Moments
+from lynx_compile.calibration.statistics import Moments, spread_over
 from lynx_compile.profile import Branch
 from lynx_compile.runtime import semantics
 
@@ -91,7 +92,7 @@ def test_errors_are_those_of_the_branch(rank: int) -> None:
     moments = Moments.zeros(64, x.device)
     for rows in x.split(250):
         moments.update(rows, mean, "norm")
-    branches = lora_branches(moments, mean, {"layer": weight}, 48)["layer"]
+    branches = lora_branches(moments, mean, {"layer": weight}, 48, ridge=1e-4)["layer"]
     z = x - mean
     sparse = semantics.sparsify(z)
     residual = (z - sparse.scale[:, None] * sparse.pruned) @ weight.T
@@ -105,7 +106,7 @@ def test_closed_form_is_the_best_branch_of_its_rank() -> None:
     x, weight, mean = spread_inputs()
     moments = Moments.zeros(64, x.device)
     moments.update(x, mean, "norm")
-    branches = lora_branches(moments, mean, {"layer": weight}, 4)["layer"]
+    branches = lora_branches(moments, mean, {"layer": weight}, 4, ridge=1e-4)["layer"]
     down, up = branches.down(4), branches.up(4)
     z = x - mean
     sparse = semantics.sparsify(z)
@@ -121,12 +122,29 @@ def test_closed_form_is_the_best_branch_of_its_rank() -> None:
     assert float(loss) > float(least) * (1 - 1e-3)
 
 
+def test_the_ridge_keeps_a_branch_from_learning_few_samples_by_heart() -> None:
+    generator = torch.Generator().manual_seed(3)
+    mix, weight = torch.randn(64, 64, generator=generator), torch.randn(48, 64, generator=generator)
+
+    def error_on_others(ridge: float) -> float:
+        x, others = (torch.randn(count, 64, generator=generator) @ mix for count in (150, 2000))
+        moments = Moments.zeros(64, x.device)
+        moments.update(x, None, "norm")
+        fit = lora_branches(moments, None, {"layer": weight}, 16, ridge)["layer"]
+        sparse = semantics.sparsify(others)
+        kept = sparse.scale[:, None] * sparse.pruned
+        y = kept @ weight.T + others @ fit.down(16).T @ fit.up(16).T
+        return float((y - others @ weight.T).norm())
+
+    assert error_on_others(0.1) < 0.97 * error_on_others(1e-4)
+
+
 def test_layers_of_one_input_share_the_best_down_projection() -> None:
     x, weight, mean = spread_inputs()
     moments = Moments.zeros(64, x.device)
     moments.update(x, mean, "norm")
     weights = {"q": weight[:16], "k": 10 * weight[16:]}
-    branches = lora_branches(moments, mean, weights, 8)
+    branches = lora_branches(moments, mean, weights, 8, ridge=1e-4)
     assert branches["q"].directions is branches["k"].directions
     z = x - mean
     sparse = semantics.sparsify(z)
@@ -136,7 +154,7 @@ def test_layers_of_one_input_share_the_best_down_projection() -> None:
         residual = lost @ w.T
         left = (residual - z @ down.T @ branches[name].up(4).T).norm() / (x @ w.T).norm()
         assert branches[name].error(4) == pytest.approx(float(left), rel=1e-3)
-        alone = lora_branches(moments, mean, {name: w}, 8)[name]
+        alone = lora_branches(moments, mean, {name: w}, 8, ridge=1e-4)[name]
         assert alone.error(4) < branches[name].error(4)
         t = z @ down.T
         best = torch.linalg.lstsq(t, residual).solution
@@ -146,7 +164,7 @@ def test_layers_of_one_input_share_the_best_down_projection() -> None:
         total += branches[name].error(4) ** 2
     # Both layers' relative errors count: no other A of this rank has a smaller sum, one's own included.
     for name in weights:
-        other = z @ lora_branches(moments, mean, {name: weights[name]}, 8)[name].down(4).T
+        other = z @ lora_branches(moments, mean, {name: weights[name]}, 8, ridge=1e-4)[name].down(4).T
         sums = 0.0
         for w in weights.values():
             residual = lost @ w.T
@@ -203,6 +221,27 @@ def test_deterministic_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyP
     resumed.run = lambda batch: counted.append(batch) or Inputs.run(make_workload_like(resumed), batch)
     assert same(whole, calibrate(resumed, rank=8, quiet=True, memory=memory, state=tmp_path))
     assert len(counted) < 6
+
+
+@pytest.mark.parametrize(("rows", "most"), [(100, 100), (101, 100), (300, 100), (4096, 1000), (8192, 512)])
+def test_rows_that_count_are_spread_over_the_columns_of_a_picture(rows: int, most: int) -> None:
+    kept = spread_over(torch.arange(rows)[:, None], most)[:, 0]
+    assert most // 3 < len(kept) <= most
+    assert kept.diff().unique().numel() == 1
+    assert (kept % 16).unique().numel() == 16  # a picture of 16 columns
+
+
+def test_calls_of_many_tokens_are_sampled() -> None:
+    moments = []
+    for most in (16, 48):
+        collector = Collector(make_workload(), quiet=True, most_rows=most)
+        seen: dict[str, Moments] = {}
+        collector.run(lambda names, found, _, seen=seen: seen.update({names[0]: found}) or {})  # type: ignore[misc,func-returns-value]
+        moments.append(seen)
+    for few, every in zip(moments[0].values(), moments[1].values(), strict=True):
+        assert (few.rows, every.rows) == (6 * 16, 6 * 48)
+        near = few.gram / few.rows - every.gram / every.rows
+        assert near.norm() < 0.5 * (every.gram / every.rows).norm()
 
 
 def test_branches_of_their_own_fit_better() -> None:

@@ -16,7 +16,7 @@ from lynx_compile.evaluation.features import kid
 from lynx_compile.evaluation.ground import Ground, Settings, speed_of
 from lynx_compile.evaluation.methods import Method, weight_methods
 from lynx_compile.evaluation.metrics import MAX_PSNR, Mean, psnr, relative_error, ssim
-from lynx_compile.evaluation.recipe import output_errors, race
+from lynx_compile.evaluation.recipe import output_errors, reached
 from lynx_compile.evaluation.run import STAGES, Study
 from lynx_compile.evaluation.table import Table, draw_pictures
 from lynx_compile.evaluation.weight_sparsity import (
@@ -262,7 +262,7 @@ def test_tables_of_the_documentation() -> None:
     low, high = rows[-1]["latent_rel_err_ci"]
     assert f"{rows[-1]['latent_rel_err']:.3f} ({low:.3f}–{high:.3f})" in methods[-3]
     assert "6 held-out prompts, 3 steps; a GPU; `rt-lynx eval`; at c0" in methods[-1]
-    assert len(tables.quality_race(result)) == 2 + 2 + 2
+    assert len(tables.quality_race(result)) == 2 + 2 * 3 + 2  # two ranks, three sizes
     assert len(tables.quality_classes(result)) == 2 + 5 + 2  # three classes and two blocks
     assert len(tables.quality_steps(result)) == 2 + 5 + 2
 
@@ -296,14 +296,13 @@ def test_a_failing_stage_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_race_reads_off_when_training_gets_there() -> None:
     history = [[0, 1.0, 0.5], [10, 2.0, 0.208], [20, 3.0, 0.2]]
-    found = race(0.5, 0.2, history)["reached"]
-    assert found == {
+    assert reached(0.2, history) == {
         "0%": {"step": 20, "seconds": 3.0},
         "1%": {"step": 20, "seconds": 3.0},
         "5%": {"step": 10, "seconds": 2.0},
         "10%": {"step": 10, "seconds": 2.0},
     }
-    assert race(0.5, 0.1, history)["reached"]["10%"] is None
+    assert reached(0.1, history)["10%"] is None
 
 
 def test_output_errors_are_those_of_the_layer() -> None:

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from ..profile.branch import Branch
 from ..profile.fingerprint import linear_layers
-from .statistics import Hooks, InputMean, Moments, Readers, moments_bytes, rows_of
+from .statistics import Hooks, InputMean, Moments, Readers, moments_bytes, rows_of, spread_over
 from .workload import Workload
 
 SAVE_EVERY_S = 60.0
+MOST_ROWS = 1 << 14  # of one call: more samples say more than more of their tokens
 MEAN_SHARE = 8  # one batch in eight: means settle after a few thousand tokens
 
 # (the layers that read an input, its moments, its shift) → tensors to keep, by name
@@ -61,7 +62,8 @@ class Collector:
 
     dense_tokens: layer → leading tokens of each sample to leave out.  memory: bytes of device memory for
     moments. state: folder for what a resumed run needs; None keeps nothing.  quiet: no progress bar.
-    purpose: what `solve` depends on; state kept for another purpose is not used.
+    purpose: what `solve` depends on; state kept for another purpose is not used.  most_rows: of each input
+    at each call that count, evenly spread over what there are.
     """
 
     workload: Workload
@@ -72,6 +74,7 @@ class Collector:
     state: Path | None = None
     quiet: bool = False
     purpose: str = ""
+    most_rows: int = MOST_ROWS
 
     def __post_init__(self) -> None:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -137,7 +140,7 @@ class Collector:
             found.tokens.setdefault(name, x.shape[-2] if x.dim() > 2 else 1)
             if is_candidate(name, x, self.linears[name].out_features) and readers.see(name, x) == name:
                 mean = sums.setdefault(name, InputMean.zeros(x.shape[-1], x.device))
-                mean.update(rows_of(x, self.dense_tokens.get(name, 0)))
+                mean.update(spread_over(rows_of(x, self.dense_tokens.get(name, 0)), self.most_rows))
 
         batches = range(self.rank, -(-len(self.workload) // MEAN_SHARE), self.world)
         with Hooks(self.workload.model, self.linears, see, readers.end_of_call):
@@ -176,7 +179,8 @@ class Collector:
                     sums.restore({key: file.get_tensor(f"{leader}/{key}") for key in sums.state()})
 
         def see(name: str, x: Tensor) -> None:
-            moments[name].update(rows_of(x, self.dense_tokens.get(name, 0)), shifts[name], self.compensation)
+            rows = spread_over(rows_of(x, self.dense_tokens.get(name, 0)), self.most_rows)
+            moments[name].update(rows, shifts[name], self.compensation)
 
         saved = time.monotonic()
         with Hooks(self.workload.model, {name: self.linears[name] for name in leaders}, see):
@@ -238,6 +242,7 @@ class Collector:
             self.shifted,
             sorted(self.dense_tokens.items()),
             self.memory,
+            self.most_rows,
             self.world,
             self.purpose,
         )

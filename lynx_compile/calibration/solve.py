@@ -3,7 +3,8 @@
 The residual of a sparse layer is E = e·Wᵀ with e = z − s·z̃. The branch that minimises ‖E − z·Aᵀ·Bᵀ‖² over
 all tokens is reduced-rank regression: with G = Σzᵀz = L·Lᵀ and D = Σzᵀe, the full-rank answer is G⁻¹·D·Wᵀ,
 and the best rank-R one is the truncated SVD of P = L⁻¹·D·Wᵀ mapped back through L⁻ᵀ. Its error is ‖E‖² minus
-the squares of the R singular values kept, so every rank's error is known from one factorisation.
+the squares of the R singular values kept, so every rank's error is known from one factorisation. A ridge on
+G keeps it from learning by heart what tokens there are: on held-out prompts it decides more than the rank.
 
 Layers that read one X share A, so that t = z·Aᵀ is computed once for all of them: the same regression on
 their outputs side by side, each in units of its own ‖XWᵀ‖, gives the directions, and the best B of each layer
@@ -27,7 +28,9 @@ from torch import Tensor
 
 from .statistics import Moments
 
-RIDGE = 1e-4  # relative to each channel's own energy: well above what fp32 sums leave of rounding
+# Relative to each channel's own energy. Tokens of one picture repeat each other, so there are far fewer than
+# rows to fit to; it also is well above what fp32 sums leave of rounding.
+RIDGE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +103,20 @@ def from_state(
 
 
 def lora_branches(
-    moments: Moments, shift: Tensor | None, weights: Mapping[str, Tensor], max_rank: int
+    moments: Moments,
+    shift: Tensor | None,
+    weights: Mapping[str, Tensor],
+    max_rank: int,
+    ridge: float = RIDGE,
 ) -> dict[str, Branches]:
     """The branches of ranks 0 … max_rank of the layers with these weights (N, K), which read one X.
 
-    Raises ValueError when no tokens were seen or the statistics are not finite.
+    ridge: added to G's diagonal, relative to it; errors are those with its penalty in them, a little above
+    those on the tokens seen. Raises ValueError when no tokens were seen or the statistics are not finite.
     """
     _check(moments)
     gram, cross, error = moments.gram.double(), moments.cross.double(), moments.error.double()
-    lower = torch.linalg.cholesky(_ridged(gram))
+    lower = torch.linalg.cholesky(_ridged(gram, ridge))
     pruned_outputs, sums = {}, {}  # P (K, N) and (‖E‖², ‖XWᵀ‖²) of each layer
     for name, weight in weights.items():
         w = weight.detach().double()
@@ -159,10 +167,10 @@ def _check(moments: Moments) -> None:
         )
 
 
-def _ridged(gram: Tensor) -> Tensor:
+def _ridged(gram: Tensor, ridge: float) -> Tensor:
     """G + ridge · diag(G): rounding in Σ z_i·z_j is relative to the two channels' norms."""
     energy = gram.diagonal()
-    return gram + torch.diag(RIDGE * energy + 1e-12 * energy.mean() + torch.finfo(gram.dtype).tiny)
+    return gram + torch.diag(ridge * energy + 1e-12 * energy.mean() + torch.finfo(gram.dtype).tiny)
 
 
 def _leading(p: Tensor, rank: int) -> Tensor:

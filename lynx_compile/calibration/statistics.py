@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..profile.branch import exact_products
 from ..runtime import semantics
 
 MATRICES = ("gram", "cross", "error")
@@ -45,9 +46,10 @@ class Moments:
         lost = z - scale[:, None].float() * pruned.float()
         self.rows += z.shape[0]
         self.total += z.double().sum(0)
-        self.gram.addmm_(z.T, z)
-        self.cross.addmm_(z.T, lost)
-        self.error.addmm_(lost.T, lost)
+        with exact_products(x.dtype):  # of z; what is lost is rounded to TF32, 2⁻¹¹ of it and unbiased
+            self.gram.addmm_(z.T, z)
+            self.cross.addmm_(z.T, lost)
+            self.error.addmm_(lost.T, lost)
 
     def all_reduce(self) -> None:
         """Sum over all processes of the default group."""
@@ -164,3 +166,9 @@ def rows_of(x: Tensor, dense_tokens: int = 0) -> Tensor:
     if dense_tokens and x.dim() == 3:
         x = x[:, dense_tokens:]
     return x.reshape(-1, x.shape[-1])
+
+
+def spread_over(rows: Tensor, most: int) -> Tensor:
+    """At most `most` of the rows (M, K), evenly spaced."""
+    # An odd distance, so that they do not all come from one column of a picture.
+    return rows[:: -(-len(rows) // most) | 1] if len(rows) > most else rows

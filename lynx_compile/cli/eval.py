@@ -30,12 +30,13 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     ranks: Annotated[
         str, typer.Option(help="Of the branches, by commas; layers are chosen for the last.")
-    ] = "16,64",
-    calibration_prompts: Annotated[int, typer.Option(help="For the closed form.")] = 64,
+    ] = "16,64,128",
+    calibration_prompts: Annotated[int, typer.Option(help="For the closed form.")] = 256,
+    calibration_steps: Annotated[int, typer.Option(help="Of each of its runs.")] = 5,
     distill_prompts: Annotated[int, typer.Option(help="For both kinds of training.")] = 256,
     validation_prompts: Annotated[int, typer.Option(help="To choose dense layers and stop training.")] = 64,
     recipe_steps: Annotated[int, typer.Option(help="Of the paper's training recipe.")] = 2000,
-    joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1000,
+    joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1500,
     batch_size: int = 256,
     only: Annotated[
         str, typer.Option(help="Stages, by commas: ladder, chosen, recipe, weights, …; all by default.")
@@ -97,6 +98,7 @@ def evaluate(
         ranks=_numbers(ranks),
         shares=_shares(shares),
         calibration_prompts=calibration_prompts,
+        calibration_steps=calibration_steps,
         distill_prompts=distill_prompts,
         validation_prompts=validation_prompts,
         recipe_steps=recipe_steps,

@@ -34,18 +34,20 @@ class Settings:
 
     ranks: of the branches; dense layers are chosen for the last.  shares: of linear FLOPs × steps sparse, for
     the rows with layers left dense.  main_share: the one at which variants are compared with each other.
+    calibration_steps: of a calibration's runs; more prompts say more than more steps of one.
     """
 
     prompts: int = 512
     steps: int = 20
-    ranks: tuple[int, ...] = (16, 64)
-    calibration_prompts: int = 64
+    ranks: tuple[int, ...] = (16, 64, 128)
+    calibration_prompts: int = 256
+    calibration_steps: int = 5
     distill_prompts: int = 256
     validation_prompts: int = 64
     recipe_steps: int = 2000
     recipe_lr: float = 1e-3
-    joint_steps: int = 1000
-    joint_lr: float = 3e-4
+    joint_steps: int = 1500
+    joint_lr: float = 1e-4
     shares: tuple[float, ...] = (0.92, 0.85, 0.75)
     main_share: float = 0.85
     batch_size: int = 256
@@ -77,7 +79,7 @@ class Ground:
         self.studies: dict[str, Any] = {}  # measured on the way, for the result file
         training = max(settings.calibration_prompts, settings.distill_prompts)
         self.held_out = training + settings.validation_prompts
-        self.calibration = self.workload(settings.calibration_prompts, 0)
+        self.calibration = self.workload(settings.calibration_prompts, 0, steps=settings.calibration_steps)
         self.training = self.workload(settings.distill_prompts, 0)
         self.validation = self.workload(settings.validation_prompts, training)
         self.recording, self.choosing = Clock(), Clock()
@@ -85,13 +87,13 @@ class Ground:
         self._closed: dict[str, Closed] = {}
         self.measured: list[Choice] = []  # every choice that was measured
 
-    def workload(self, count: int, start: int, seed: int = 0) -> Pipeline:
-        """Prompts start … start + count; the same seeds for the same `seed`."""
+    def workload(self, count: int, start: int, seed: int = 0, steps: int | None = None) -> Pipeline:
+        """Prompts start … start + count; one seed each.  steps: None for the settings'."""
         s = self.settings
         return Pipeline(
             self.pipe,
             self.prompts(count, start),
-            steps=s.steps,
+            steps=steps or s.steps,
             batch_size=min(s.batch_size, count),
             seed=s.seed + seed + start,
         )
@@ -105,16 +107,22 @@ class Ground:
         """What `calibrate` makes."""
         return self._calibrated(rank=rank)
 
-    def lora(self, rank: int) -> Closed:
+    def lora(self, rank: int, prompts: int | None = None) -> Closed:
         """Norm compensation and a LoRA branch of each layer's own, no shift: what the paper trains."""
-        return self._calibrated(rank=rank, shift=False, deflate=False, shared=False)
+        return self._calibrated(prompts, rank=rank, shift=False, deflate=False, shared=False)
 
-    def _calibrated(self, **options: Any) -> Closed:
-        called = f"calibrate({', '.join(f'{name}={value}' for name, value in options.items())})"
+    def _calibrated(self, prompts: int | None = None, **options: Any) -> Closed:
+        s = self.settings
+        count = prompts or s.calibration_prompts
+        called = (
+            f"calibrate({count} prompts, {', '.join(f'{name}={value}' for name, value in options.items())})"
+        )
+        if not self._closed:  # what is loaded on first use is no method's time
+            calibrate(self.workload(1, 0, steps=1), rank=1, deflate=False, quiet=True)
         if called not in self._closed:
-            clock = Clock()
+            workload, clock = self.workload(count, 0, steps=s.calibration_steps), Clock()
             with clock.running():
-                profile = calibrate(self.calibration, steps=self.settings.steps, quiet=True, **options)
+                profile = calibrate(workload, steps=s.steps, quiet=True, **options)
             self.log(f"{called}: {clock.seconds:.1f} s")
             self._closed[called] = Closed(profile, branches_of(profile, self.model), clock.seconds)
         return self._closed[called]

@@ -30,6 +30,7 @@ Centre = Callable[
 Restore = Callable[[Tensor], Tensor]  # z (M, K) → what stands in for it in the product, s·z̃
 RANK = 16
 SAMPLE_DIRECTIONS = 16
+PROMPTS = 64  # to calibrate with; whole runs, as some levers tell the steps apart
 STRIDE = 8
 
 
@@ -141,7 +142,8 @@ class Bench:
     """The safe set, what is known of its inputs, and the moments that levers are solved from."""
 
     def __init__(self, ground: Ground) -> None:
-        self.ground, self.model = ground, ground.model
+        self.model = ground.model
+        self.calibration = ground.workload(min(PROMPTS, ground.settings.calibration_prompts), 0)
         self.names = [name for name in ground.names if class_of(name) not in ("text", "out")]
         linears = linear_layers(self.model)
         self.linears = {name: linears[name] for name in self.names}
@@ -182,9 +184,9 @@ class Bench:
             call[0] += 1
 
         with Hooks(self.model, self.linears, see, end):
-            for batch in range(len(self.ground.calibration)):
+            for batch in range(len(self.calibration)):
                 call[0] = 0
-                self.ground.calibration.run(batch)
+                self.calibration.run(batch)
         self.per_run = call[0]
         self.leader = {name: leader for leader, group in readers.groups().items() for name in group}
         return found
@@ -213,8 +215,8 @@ class Bench:
 
         self.calls = 0
         with Hooks(self.model, self.linears, see, readers.end_of_call):
-            for batch in range(len(self.ground.calibration)):
-                self.ground.calibration.run(batch)
+            for batch in range(len(self.calibration)):
+                self.calibration.run(batch)
         return found
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, Lever], int, int]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..calibration.choose import problem_of
 from ..calibration.emulation import Forward
 from ..calibration.front import Choice, pick, points
+from ..calibration.sensitivity import class_of
 from ..calibration.statistics import Hooks, Readers, rows_of
 from ..calibration.workload import Workload
 from ..profile import Branch
@@ -69,6 +70,16 @@ def ladder(ground: Ground) -> Iterator[Method]:
         lora, ours = ground.lora(rank), ground.ours(rank)
         yield Method(f"SA-NC-LoRA r{rank}, closed form", lora.branches, lora.seconds, rank)
         yield Method(f"{OURS} r{rank}", ours.branches, ours.seconds, rank)
+
+
+def ruled(ground: Ground) -> Iterator[Method]:
+    """Ours with what the safe rules leave dense (text stream, attention outputs), and the first step too."""
+    names = [name for name in ground.names if class_of(name) not in ("text", "out")]
+    for rank in ground.settings.ranks:
+        ours = ground.ours(rank)
+        layers = {name: ours.branches[name] for name in names}
+        for title, steps in (("", 0), (", first step dense", 1)):
+            yield Method(f"{OURS} r{rank}, safe rules{title}", layers, ours.seconds, rank, steps, shown=False)
 
 
 def chosen(ground: Ground) -> Iterator[Method]:

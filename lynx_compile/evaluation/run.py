@@ -15,7 +15,7 @@ from ..profile.fingerprint import linear_layers
 from .distilled import distilled
 from .ground import Ground, Settings, branches_of
 from .levers import levers
-from .methods import Method, chosen, ladder, sparse_weights
+from .methods import Method, chosen, ladder, ruled, sparse_weights
 from .perceptual import Scorer
 from .recipe import paper_recipe
 from .table import Features, Row, Table, ToPictures
@@ -26,6 +26,7 @@ Stage = Callable[[Ground], Iterator[Method]]
 # name → its methods, in the order they are measured: what the others are compared with comes first.
 STAGES: dict[str, Stage] = {
     "ladder": ladder,
+    "rules": ruled,
     "chosen": chosen,
     "weights": sparse_weights,
     "levers": levers,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..calibration.emulation import Forward, emulate
 from ..calibration.workload import Workload
+from ..profile.branch import Branch
 from ..profile.steps import StepSwitch
 from .features import Kid, kid
 from .methods import Method
@@ -123,6 +124,18 @@ class Table:
             sparse += flops[name] * (1 - dense_rows / self.tokens[name])
         return sparse / sum(flops.values()) * (self.steps - dense_steps) / self.steps
 
+    def branch_share(self, layers: Mapping[str, Forward], dense_steps: int) -> float:
+        """FLOPs of the branches over all linear FLOPs × steps; a shared down-projection counts once."""
+        total = sum(self.tokens[name] * n * k for name, (n, k) in self.shapes.items() if name in self.tokens)
+        added, seen = 0.0, set()
+        for name, forward in layers.items():
+            if not isinstance(forward, Branch) or forward.down is None:
+                continue
+            rows, (n, k) = self.tokens[name] - forward.dense_tokens, self.shapes[name]
+            added += rows * forward.rank * (n if id(forward.down) in seen else n + k)
+            seen.add(id(forward.down))
+        return added / total * (self.steps - dense_steps) / self.steps
+
     def _calls_per_run(self) -> int:
         if not hasattr(self, "_calls"):
             count = [0]
@@ -146,6 +159,8 @@ class Table:
         if method.rank:
             widths = sorted({self.shapes[name][1] for name in method.layers})
             details |= {"rank": method.rank, "rank_share_of_k": [method.rank / k for k in widths]}
+            if added := self.branch_share(method.layers, method.dense_steps):
+                details["branch_flops_share"] = added
         if method.dense_steps:
             details["dense_steps"] = method.dense_steps
         row = Row(
