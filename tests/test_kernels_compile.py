@@ -39,19 +39,14 @@ def portable_gemm(arch):
 
 
 def hopper_gemm():
-    """Every tile with the plainest and the fullest epilogue; every activation on one of them."""
-    units = list(gemm_sm90.variants())
-    by_tile = {}
-    for unit in units:
-        defines = dict(unit.defines)
-        tile = tuple(defines[key] for key in ("CONSUMERS", "BLOCKS", "TILE_N", "SPLIT"))
-        by_tile.setdefault(tile, []).append((defines["ACTIVATION"], defines["TAIL"], defines["BF16"], unit))
-    for i, variants in enumerate(by_tile.values()):
-        bf16 = [v for v in variants if v[2]]
-        chosen = {bf16[0][3], max(bf16, key=lambda v: (v[1], v[0] == 1))[3]}
-        if i == 0:
-            chosen |= {v[3] for v in bf16 if v[1] < 2} | {variants[-1][3]}
-        yield from chosen
+    """Every tile with the fullest epilogue; those with the most accumulators with others, too."""
+    for i, tile in enumerate(gemm_sm90.RATES):
+        yield gemm_sm90.kernel(tile, DTYPES[i % 2], "gelu", 2).unit("sm_90a")
+        if tile.blocks * tile.n >= 256 and tile.split == 1:
+            for tail, activation in ((0, "none"), (1, "none"), (1, "relu")):
+                yield gemm_sm90.kernel(tile, DTYPES[tail], activation, tail).unit("sm_90a")
+    for activation in ACTIVATIONS:
+        yield gemm_sm90.kernel(next(iter(gemm_sm90.RATES)), DTYPES[0], activation, 1).unit("sm_90a")
 
 
 def sparsifiers(arch):
