@@ -40,6 +40,17 @@ __device__ __forceinline__ void store_shared(u32 address, u32 a, u32 b, u32 c, u
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// Four 8 × 8 matrices of 16 bits, transposed: lane 4·g + q gets of matrix i rows 2q and 2q + 1 of column g, in word i.
+// Row r of matrix i lies where lane 8·i + r says.
+__device__ __forceinline__ uint4 load_transposed(u32 row) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(row)
+                 : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
@@ -146,6 +157,13 @@ __device__ __forceinline__ void send(u32 to, float2 v, u32 barrier) {
 // The one arrival of a barrier on which `bytes` sent by the blocks of the cluster complete.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// `bytes` from global to shared memory, which complete on a barrier that expects them; a multiple of 16.
+__device__ __forceinline__ void copy_bulk(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // Waits for the first phase of a barrier on which data from other blocks arrives.

@@ -21,7 +21,7 @@
 #include "prune.cuh"
 #include "sums.cuh"
 #include "vectors.cuh"
-#if HELPERS == 4
+#if WARPGROUP
 #include "warpgroup.cuh"
 #endif
 
@@ -153,7 +153,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
 #if LYNX_SM90
     if constexpr (kSplits > 1) cluster_arrive();
 #endif
-    if constexpr (kRank > 0) {  // from device memory to L2, where any writer's data meets it; reading waits
+    if constexpr (kSumRank > 0) {  // from device memory to L2, where any writer's data meets it; reading waits
         for (int i = blockIdx.x * kThreads + threadIdx.x; i < p.rank * chunks; i += gridDim.x * kThreads) {
             prefetch_l2(p.lora_down + i / chunks * p.lora_stride + i % chunks * kRowBytes);
         }
@@ -171,7 +171,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     const u32 all_slots = kWarpgroup ? memory : stages + kLoraMemory + kStages * kWorkers / 32 * kVectorBytes;
     float* const partial = reinterpret_cast<float*>(dynamic);
     const bool worker = kRank == 0 || threadIdx.x < kWorkers;
-#if HELPERS == 4
+#if WARPGROUP
     if (threadIdx.x >= kFirstHelper) {
         float t[kBlocks][kRank / 2] = {};
         multiply_all(p, at, all_slots, stages, lora_barriers, held_rounds, t);
@@ -207,14 +207,17 @@ sparsify(const __grid_constant__ SparsifyParams p) {
         } else if constexpr (kNorm) {
             stats = kept_statistics(p, at);
         }
-        Deflation deflation;
-        if constexpr (kDeflate) deflation.load(p, at);
         InputCopy input_copy(p, at, slots, held_rounds);
 #pragma unroll 1
         for (int s = 0; s < kAhead; ++s) {
             if (s >= held_rounds) input_copy.next(p, at, at.chunk(s));
             vector_copy.next(at, at.chunk(s));
             copy_async_commit();
+        }
+        Deflation deflation;
+        if constexpr (kDeflate) deflation.load(p, at);
+        else if (kRank > 0 && p.directions != nullptr) {  // while the first chunks are on their way
+            write_directions(p, blockIdx.x * kWorkers + threadIdx.x, gridDim.x * kWorkers);
         }
 
         Squares all, kept_part;
@@ -235,7 +238,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             copy_async_wait<kAhead - 1>();
             __syncwarp();
             const int ahead = chunk + kAhead * kColumnWarps;
-#if HELPERS == 4
+#if WARPGROUP
             if (chunk >= at.chunk(2)) {  // the warpgroup has done with the chunk two rounds ago
                 const int before = turn < 2 ? turn + 2 * kStages - 2 : turn - 2;
                 const int stage = before < kStages ? before : before - kStages;
@@ -247,7 +250,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             copy_async_commit();
             u32 z[2][8], a[4][4];
             produce(p, at, stats, samples, same_sample, chunk, slot.at, vector_slot.at, z);
-#if HELPERS == 4
+#if WARPGROUP
             if constexpr (kProducer != kIdentity || SHIFT != kAbsent) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -296,7 +299,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             if constexpr (kSumRank > 0 && !kWarpgroup) {
                 const int stage = turn < kStages ? turn : turn - kStages;
                 barrier_wait(lora_barriers.full(stage, at.column_warp), turn >= kStages);
-#if HELPERS != 4 && !DEFLATE
+#if !WARPGROUP && !DEFLATE
                 multiply_lora(t, a, stages + (stage * kColumnWarps + at.column_warp) * kRank * kRowBytes + at.fragment);
 #endif
                 barrier_arrive(lora_barriers.empty(stage, at.column_warp));
@@ -315,7 +318,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
             }
         }
     }
-#if HELPERS == 4
+#if WARPGROUP
     copy_async_wait<0>();
     if (worker) named_arrive<3, kWorkers + 128>();
 #else

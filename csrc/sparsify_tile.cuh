@@ -17,10 +17,12 @@ constexpr int kSumRank = kDeflate ? 0 : kRank;  // columns of t that this one co
 constexpr int kTiles = kSumRank ? kSumRank / 8 : 1;  // of 8 columns of t
 constexpr int kRowWarps = ROW_WARPS, kColumnWarps = COLUMN_WARPS;
 constexpr int kWorkers = 32 * kRowWarps * kColumnWarps;  // threads that work on X
+#define WARPGROUP (HELPERS == 4 && !DEFLATE)  // multiplies z by the LoRA weight; other helpers only copy it
+#define BULK (LYNX_SM90 && DEFLATE)  // what z is multiplied by comes in one copy a chunk
 // The helpers come behind, a warpgroup at a multiple of four warps; warps between them are idle.
-constexpr int kFirstHelper = HELPERS == 4 ? (kWorkers + 127) / 128 * 128 : kWorkers;
+constexpr int kFirstHelper = WARPGROUP ? (kWorkers + 127) / 128 * 128 : kWorkers;
 constexpr int kThreads = kFirstHelper + 32 * HELPERS;
-constexpr bool kWarpgroup = HELPERS == 4;  // multiplies z by the LoRA weight; one helper only copies the weight
+constexpr bool kWarpgroup = WARPGROUP;
 constexpr int kRing = 6;                   // chunks of the LoRA weight the warpgroup keeps
 constexpr int kBlocks = (kRowWarps + 3) / 4;  // of 64 rows
 constexpr int kSumSets = kWarpgroup ? 1 : kColumnWarps;
@@ -53,17 +55,19 @@ struct SparsifyParams {
     u32* metadata;
     float* scale;
     char* t;             // read where this launch deflates
-    float2* statistics;  // mean and 1/σ of a norm's rows, for a launch that deflates; null: nobody asks
+    char* directions;    // the rows of lora_down that deflate, as `Deflation` wants them; null: nobody deflates
+    float2* statistics;  // mean and 1/σ of a norm's rows for the launch that deflates, or null
     long long x_stride, second_stride, mult_stride, add_stride, shift_stride, lora_stride, t_stride;
     int m, k;
     int first_columns;                    // of the first input of cat
     int mult_rows, add_rows, shift_rows;  // rows of X that share one row of mult, of add, of shift
-    int rank;  // rows of lora_down, of those that deflate where this launch does; the rest up to kRank are zeros
+    int rank;                             // rows of lora_down; the rest up to kRank counts as zeros
     int held_rounds;                      // rounds of x that stay in shared memory between the passes of a norm
     int native;                           // scale is 1
     float eps, mult_offset;               // of the norm, of mult
     float scale_eps;
     int slot_rounds;                      // rounds of slots
+    int deflated, direction_rows;         // rows of lora_down that deflate; with zeros, as many as `directions` has
 };
 
 // Mean and 1/σ of this thread's two rows.
@@ -180,9 +184,14 @@ struct StageBarriers {
     u64 of[2][kStages][kColumnWarps];
 
     __device__ __forceinline__ void init() const {
+#if BULK
+        constexpr int kArrivals = 1;
+#else
+        constexpr int kArrivals = kWarpgroup ? 32 * kRowWarps : 32;
+#endif
 #pragma unroll 1
         for (int i = 0; i < kStages * kColumnWarps; ++i) {
-            barrier_init(full(0, 0) + 8 * i, kWarpgroup ? 32 * kRowWarps : 32);
+            barrier_init(full(0, 0) + 8 * i, kArrivals);
             barrier_init(empty(0, 0) + 8 * i, kWarpgroup ? 1 : 32 * kRowWarps);
         }
     }
@@ -194,25 +203,35 @@ struct StageBarriers {
     }
 };
 
-// What the warp that copies the LoRA weight does: kStages rounds ahead of the slowest warp of each column.
+// What the warp that copies the LoRA weight, or the directions, does: kStages rounds ahead of the slowest warp of each
+// column.
 __device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Position& at, u32 stages,
                                           const StageBarriers& barriers) {
-    const char* source = p.lora_down + at.lane / 8 * p.lora_stride + at.lane % 8 * 16 + at.slice.begin * kRowBytes;
-    const u32 offset = piece_offset(at.lane / 8, at.lane % 8);
-    const int rows = p.rank - at.lane / 8;
+    constexpr int kBytes = kRank * kRowBytes;
+    const char* source = kDeflate ? p.directions + at.slice.begin * kBytes + at.lane * 16
+                                  : p.lora_down + at.lane / 8 * p.lora_stride + at.lane % 8 * 16 + at.slice.begin * kRowBytes;
+    const u32 offset = kDeflate ? at.lane * 16 : piece_offset(at.lane / 8, at.lane % 8);
     int stage = 0, chunk = at.slice.begin;
     u32 parity = 1;  // of the phase before the first: the stages begin empty
 #pragma unroll 1
     while (chunk < at.slice.end) {
 #pragma unroll 1
-        for (int w = 0; w < kColumnWarps && chunk < at.slice.end; ++w, ++chunk, source += kRowBytes) {
+        for (int w = 0; w < kColumnWarps && chunk < at.slice.end; ++w, ++chunk, source += kDeflate ? kBytes : kRowBytes) {
             barrier_wait(barriers.empty(stage, w), parity);
-            const u32 to = stages + (stage * kColumnWarps + w) * kRank * kRowBytes + offset;
+            const u32 to = stages + (stage * kColumnWarps + w) * kBytes + offset;
+#if BULK
+            if (at.lane == 0) {
+                barrier_expect(barriers.full(stage, w), kBytes);
+                copy_bulk(to, source, kBytes, barriers.full(stage, w));
+            }
+#else
 #pragma unroll
             for (int i = 0; i < kRank / 4; ++i) {  // rows past the rank become zeros
-                copy_async((i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes, source + i * 4 * p.lora_stride, 4 * i < rows);
+                if constexpr (kDeflate) copy_async(to + i * 4 * kRowBytes, source + i * 4 * kRowBytes);
+                else copy_async((i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes, source + i * 4 * p.lora_stride, 4 * i < p.rank);
             }
             barrier_arrive_after_copies(barriers.full(stage, w));
+#endif
         }
         if (++stage == kStages) stage = 0, parity ^= 1;
     }

@@ -86,9 +86,7 @@ def _shapes(variant: Variant, k: int, clusters: bool) -> list[tuple[int, int, in
     if not variant.rank:
         return [(1, 16, 1)] if k >= LONG_ROW and not heavy else [(1, 8, 2)]
     if variant.deflate:
-        if variant.rank > 128:
-            return [(4, 1, 1), (2, 2, 1)]
-        columns = 3 if clusters and variant.rank <= 64 and sum(map(bool, variant.storage)) <= 2 else 2
+        columns = 3 if clusters and variant.rank <= 128 else 2
         return [(4, columns, 1), (5, columns, 1), (2, 5 if columns == 3 else 4, 1)]
     if clusters and variant.rank in WARPGROUP_RANKS:
         columns = 3 if heavy or any(variant.storage) or variant.rank > 64 else 4

@@ -23,9 +23,9 @@ from .sparsify_geometry import Geometry, Variant, choose, padded_rank
 SOURCE = "sparsify.cu"
 DTYPES = (torch.bfloat16, torch.float16)
 DEVICE_TYPE = "cuda"
-OUTPUTS = 5
+OUTPUTS = 6
 # SparsifyParams in csrc/sparsify_tile.cuh
-PARAMETERS = "P" * 9 + "O" * OUTPUTS + "q" * 7 + "i" * 9 + "f" * 3 + "i"
+PARAMETERS = "P" * 9 + "O" * OUTPUTS + "q" * 7 + "i" * 9 + "f" * 3 + "i" * 3
 ALIGNMENT = 16  # bytes of one copy
 MAX_RANK = 128  # of one launch, whose accumulators fit in registers; wider LoRA branches take several
 MAX_DEFLATED = 256  # directions, whose t fits in registers
@@ -149,8 +149,13 @@ def prepare(
             f"deflated={deflated} counts leading rows of lora_down, which has {rank}; "
             f"the kernel takes at most {MAX_DEFLATED}"
         )
-    # The statistics of a norm's rows, from the launch that computes t to the one that deflates.
-    scratch = [((m, 2), torch.float32)] if deflated and producer.endswith("_norm") else []
+    # From the launch that computes t to the one that deflates: A as that one wants it, and of a norm's rows
+    # mean and 1/σ.
+    scratch: list[tuple[tuple[int, ...], torch.dtype]] = []
+    if deflated:
+        scratch.append(((k, padded_rank(deflated)), dtype))
+        if producer.endswith("_norm"):
+            scratch.append(((m, 2), torch.float32))
     launches = []
 
     def add(variant: Variant, begin: int, rows: int, encode: Callable[..., bytes]) -> None:
@@ -177,6 +182,8 @@ def prepare(
             mult_offset,
             semantics.NORM_EPS,
             p.slot_rounds,
+            deflated,
+            padded_rank(deflated),
         )
         launches.append(Launch(p.kernel, p.grid, packed, encode))
 
@@ -197,9 +204,11 @@ def prepare(
 
 
 def _only_t(offset: int) -> Callable[..., bytes]:
-    """`Launch.outputs` of a launch that writes t, `offset` bytes further on, and statistics if asked."""
+    """`Launch.outputs` of a launch that writes t, `offset` bytes further on, and the first also scratch."""
     pack = pointers(OUTPUTS)
-    return lambda values, metadata, scale, t, statistics=0: pack(0, 0, 0, t + offset, statistics)
+    if offset:
+        return lambda values, metadata, scale, t, *scratch: pack(0, 0, 0, t + offset, 0, 0)
+    return lambda values, metadata, scale, t, a, statistics=0: pack(0, 0, 0, t, a, statistics)
 
 
 def kernels_for(

@@ -35,6 +35,7 @@ void copy_start(unsigned to, const void* from, bool valid);
 void copy_commit();
 void copy_wait(int pending);
 void copy_arrive(unsigned barrier);
+void copy_complete(unsigned to, const void* from, unsigned bytes, unsigned barrier);
 void mbarrier_init(unsigned barrier, unsigned count);
 void mbarrier_arrive(unsigned barrier);
 void mbarrier_expect(unsigned barrier, unsigned bytes);

@@ -53,7 +53,11 @@ std::vector<Meeting> warps, warpgroups;
 std::vector<std::vector<Meeting>> barriers;  // of each block, by number
 Meeting cluster;
 std::unordered_map<char*, MBarrier> mbarriers;
-std::vector<std::pair<Copies, unsigned>> arrivals;  // mbarriers that wait for copies
+struct Arrival {
+    Copies copies;
+    unsigned barrier, bytes;  // bytes: that complete; else a thread arrives
+};
+std::vector<Arrival> arrivals;  // what mbarriers wait for
 char* bases[16];
 Fiber* running;
 ucontext_t scheduler;
@@ -71,6 +75,13 @@ void land(const Copies& copies) {
         else std::memset(copy.to, 0, 16);
     }
     ++events;
+}
+
+Copy checked(char* to, const char* from, bool valid) {
+    if (reinterpret_cast<std::size_t>(to) % 16 || reinterpret_cast<std::size_t>(from) % 16) {
+        fail("a copy of 16 bytes that is not aligned");
+    }
+    return {to, from, valid};
 }
 
 // Arrives; true for the last, which opens the barrier.
@@ -160,11 +171,21 @@ char* from_shared(unsigned address) { return bases[address >> 28] + (address & (
 void shared_begins(int rank, char* anchor) { bases[rank] = anchor - (1l << 27); }
 
 void copy_start(unsigned to, const void* from, bool valid) {
-    const Copy copy{from_shared(to), static_cast<const char*>(from), valid};
-    if (to % 16 || reinterpret_cast<std::size_t>(from) % 16) fail("a copy of 16 bytes that is not aligned");
+    const Copy copy = checked(from_shared(to), static_cast<const char*>(from), valid);
     if (!late) return land({copy});
     std::memset(copy.to, 0xff, 16);
     running->groups.back().push_back(copy);
+}
+
+void copy_complete(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    Copies copies;
+    for (unsigned i = 0; i < bytes; i += 16) {
+        copies.push_back(checked(from_shared(to + i), static_cast<const char*>(from) + i, true));
+        if (late) std::memset(copies.back().to, 0xff, 16);
+    }
+    if (late) return arrivals.push_back({copies, barrier, bytes}), void();
+    land(copies);
+    mbarrier_complete(barrier, bytes);
 }
 
 void copy_commit() { running->groups.emplace_back(); }
@@ -180,7 +201,7 @@ void copy_arrive(unsigned barrier) {
     Copies all;
     for (const Copies& group : running->groups) all.insert(all.end(), group.begin(), group.end());
     running->groups.assign(1, {});
-    if (late) return arrivals.emplace_back(all, barrier), void();
+    if (late) return arrivals.push_back({all, barrier, 0}), void();
     mbarrier_arrive(barrier);
 }
 
@@ -243,10 +264,11 @@ int emulate(void (**blocks)(const void*), const void* given, unsigned grid, int 
             }
             if (!arrivals.empty() && generator() % 3 == 0) {
                 const auto chosen = arrivals.begin() + generator() % arrivals.size();
-                const auto [copies, barrier] = *chosen;
+                const auto [copies, barrier, bytes] = *chosen;
                 arrivals.erase(chosen);
                 land(copies);
-                mbarrier_arrive(barrier);
+                if (bytes) mbarrier_complete(barrier, bytes);
+                else mbarrier_arrive(barrier);
             }
             idle = events == seen ? idle + 1 : 0, seen = events;
             if (idle > kPatience) return 1;

@@ -19,6 +19,25 @@ inline uint4 load_shared(u32 address) {
     std::memcpy(&words, from_shared(address), 16);
     return words;
 }
+inline uint4 load_transposed(u32 row) {
+    if (row % 16) fail("a row of a matrix at an address that is no multiple of 16");
+    struct Lane {
+        u32 row;
+        unsigned short words[4][2];
+    } lane{row};
+    warp_meet(&lane, [](void** slots) {
+        for (int i = 0; i < 128; ++i) {
+            const int matrix = i / 32, l = i % 32;
+            for (int k = 0; k < 2; ++k) {
+                const u32 from = static_cast<Lane*>(slots[8 * matrix + l % 4 * 2 + k])->row + l / 4 * 2;
+                std::memcpy(&static_cast<Lane*>(slots[l])->words[matrix][k], from_shared(from), 2);
+            }
+        }
+    });
+    uint4 words;
+    std::memcpy(&words, lane.words, 16);
+    return words;
+}
 inline void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
     if (address % 16) fail("a store of 16 bytes to an address that is no multiple");
     const uint4 words{a, b, c, d};
@@ -44,6 +63,9 @@ inline u32 cluster_address(u32 shared, int rank) { return (shared & (1u << 28) -
 template <typename Vector> inline void send(u32 to, Vector values, u32 barrier) {
     std::memcpy(from_shared(to), &values, sizeof(values));
     mbarrier_complete(barrier, sizeof(values));
+}
+inline void copy_bulk(u32 shared, const void* global, u32 bytes, u32 barrier) {
+    copy_complete(shared, global, bytes, barrier);
 }
 inline void barrier_expect(u32 barrier, u32 bytes) { mbarrier_expect(barrier, bytes); }
 inline void receive(u32 barrier) { mbarrier_wait(barrier, 0); }
