@@ -128,6 +128,11 @@ def test_parts_of_k_with_gate_residual_and_samples(folder):
     Case(4 * 33, 320, layers).check(Emulator(folder), SPLIT[2], beside=32)
 
 
+def test_a_part_of_k_must_not_be_empty():
+    with pytest.raises(ValueError, match="cannot split K = 192: each part needs 64 columns"):
+        Case(130, 192, [(208, 0, 1, "none", 0, False)]).check(None, SPLIT[2])
+
+
 def test_partial_sums_sent_before_the_ring_is_empty_show(folder):
     def edit(source):
         first = "ptx::cluster_sync();  // nothing is left in any ring"
