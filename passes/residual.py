@@ -66,6 +66,6 @@ def _match(node: fx.Node) -> tuple[Producer, fx.Node, fx.Node] | None:
         if producer is None or producer.name != "rms_norm" or residual in interior(normed, producer.inputs):
             continue
         _, _, bias, _, add = producer.inputs
-        if bias is None and add is None and producer.eps >= 0:
+        if bias is None and add is None:
             return producer, normed, residual
     return None

@@ -127,7 +127,10 @@ def _gemm_units(size: _Size, layers: Sequence[operands.Layer]) -> list[build.Uni
 
 
 def _rotary_units(
-    parts: Sequence[Tensor | None], weights: Sequence[Tensor | None], eps: Sequence[float], *tables: Any
+    parts: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    eps: Sequence[float | None],
+    *tables: Any,
 ) -> list[build.Unit]:
     size = _size("identity", parts)
     if size is None or any(part is None for part in parts):
@@ -137,7 +140,7 @@ def _rotary_units(
         rotary_kernel.kernel(
             size.dtype,
             size.k,
-            e >= 0,
+            e is None or e >= 0,  # dynamic=True makes a symbol of a number that is a module's attribute
             None if w is None else w.dtype,
             pair,
             rotary_kernel.overlaps(size.device),

@@ -8,7 +8,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from lynx_compile.runtime import ahead, build, gemm_mma, gemm_sm90, kernels, ops
+from lynx_compile.runtime import ahead, build, gemm_mma, gemm_sm90, kernels, ops, rotary
 
 from .stand_in import RANK, K, M, N
 
@@ -32,6 +32,18 @@ def graph():
     graph.known = known
     graph.tensor_of = fakes.get
     return graph
+
+
+def test_a_norm_whose_eps_is_a_symbol(graph, monkeypatch):
+    """What is known of it is nothing, and all else is compiled."""
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda device, dtype: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(build, "prebuild", list)
+    x, table, eps = graph.known("x", 2, 8, 4, 64), graph.known("c", 1, 8, 32, 1), graph.placeholder("eps")
+    graph.call_function(rotary.rotary, ([x], [None], [eps], [table], [table]))
+    (unit,) = ahead.prepare(graph, graph.tensor_of)
+    assert ("NORM", 1) in unit.defines
 
 
 @pytest.mark.parametrize("portable", [True, False])

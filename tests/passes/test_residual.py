@@ -31,7 +31,7 @@ def spelled_out(norm, y):
     return (y * torch.rsqrt(variance + norm.eps)) * norm.weight
 
 
-def folded(call, inputs, count=1, **layers):
+def folded(call, inputs, count=1, dynamic=None, **layers):
     """Dynamo's graph, rewritten, gives what the module gives; returns its op counts."""
     module = function(call, **layers).eval().requires_grad_(False)
     want = module(*[x.clone() for x in inputs])
@@ -47,7 +47,9 @@ def folded(call, inputs, count=1, **layers):
         return gm.forward
 
     torch._dynamo.reset()
-    got = torch.compile(module, backend=backend, fullgraph=True)(*[x.clone() for x in inputs])
+    got = torch.compile(module, backend=backend, fullgraph=True, dynamic=dynamic)(
+        *[x.clone() for x in inputs]
+    )
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert graphs[0]["residual_norm"] == count
     return graphs[0]
@@ -76,6 +78,11 @@ def test_gate_with_an_offset():
 
 def test_a_gate_for_each_token():
     folded(lambda m, x, y: x + y * m.norm(y), (X, Y), norm=norm())
+
+
+def test_an_eps_that_is_a_symbol():
+    """dynamic=True makes one of every number that is a module's attribute."""
+    folded(lambda m, x, y: x + m.norm(y), (X, Y), dynamic=True, norm=norm())
 
 
 def test_a_residual_that_is_normalised():
