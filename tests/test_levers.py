@@ -80,6 +80,15 @@ def test_a_permutation_puts_two_strong_channels_in_each_group() -> None:
     assert not kept[0, :8].any()
 
 
+def test_partners_in_the_two_halves_are_pruned_alike() -> None:
+    z = torch.randn(10, 16)
+    restored = pruning.one_mask(z)
+    first, second = (restored != 0).chunk(2)
+    assert (first == second).all()
+    assert (first.unflatten(1, (4, 4)).sum(-1) == 2).all()
+    torch.testing.assert_close(restored.norm(dim=1), z.norm(dim=1))
+
+
 def test_scores_rank_but_do_not_scale(layer) -> None:
     z = torch.tensor([[3.0, 2.0, 1.0, 0.5]]).repeat(1, 4)
     restored = pruning.scored(torch.tensor([1.0, 1.0, 9.0, 9.0]).repeat(4))(z)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration.collect import MOST_ROWS
 from ..calibration.joint import prune_rows
 from ..calibration.sensitivity import Sensitivity, class_of
 from ..calibration.solve import lora_branches
-from ..calibration.statistics import Hooks, Moments, Readers
+from ..calibration.statistics import Hooks, Moments, Readers, spread_over
 from ..calibration.text_rows import joint_text_rows
 from ..profile.fingerprint import linear_layers
 from . import pruning
@@ -29,6 +30,7 @@ Centre = Callable[
 ]  # X (B, T, K) → what is taken out of it before pruning, broadcastable to X
 Restore = Callable[[Tensor], Tensor]  # z (M, K) → what stands in for it in the product, s·z̃
 RANK = 16
+RANKS = (RANK, 4 * RANK, 8 * RANK)  # of deflation
 SAMPLE_DIRECTIONS = 16
 PROMPTS = 64  # to calibrate with; whole runs, as some levers tell the steps apart
 STRIDE = 8
@@ -104,7 +106,7 @@ class Inputs:
     def centres(self, step: Callable[[], int]) -> dict[str, Centre]:
         """The centres in question by name. step: which call of a run it is now."""
         mean, text = self.mean(), self.text_rows
-        leading, own = self.directions(RANK), self.sample_directions(SAMPLE_DIRECTIONS)
+        own = self.sample_directions(SAMPLE_DIRECTIONS)
         table = {call: torch.cat(means).mean(0) for call, means in self.per_call.items()}
 
         def of_sample(x: Tensor, stride: int = 1) -> Tensor:
@@ -124,8 +126,7 @@ class Inputs:
             "mean of the sample": of_sample,
             f"mean of the sample, every {STRIDE}th row": lambda x: of_sample(x, STRIDE),
             f"mean of the sample, {SAMPLE_DIRECTIONS} directions": lambda x: near(x, of_sample(x), own),
-            f"deflation r{RANK}": lambda x: near(x, x, leading),
-            f"deflation r{4 * RANK}": self._deflation(4 * RANK),
+            **{f"deflation r{rank}": self._deflation(rank) for rank in RANKS},
         }
 
     def _deflation(self, rank: int) -> Centre:
@@ -172,7 +173,7 @@ class Bench:
                 return
             text = self.text_rows.get(name, 0)
             one = found.setdefault(name, Inputs(text, Moments.zeros(x.shape[-1], x.device)))
-            rows = x.reshape(-1, x.shape[-1]).float()
+            rows = spread_over(x.reshape(-1, x.shape[-1]), MOST_ROWS).float()
             one.moments.rows += len(rows)
             one.moments.total += rows.double().sum(0)
             one.moments.gram.addmm_(rows.T, rows)
@@ -203,7 +204,7 @@ class Bench:
         def see(name: str, x: Tensor) -> None:
             if readers.see(name, x) == name:
                 c = None if centre is None else self.centres[name][centre](x)
-                z = (x if c is None else x - c).reshape(-1, x.shape[-1])
+                z = spread_over((x if c is None else x - c).reshape(-1, x.shape[-1]), MOST_ROWS)
                 lost = z.float() - restore(z).float()
                 wide, sums = z.float(), found[name]
                 sums.rows += len(z)
@@ -263,16 +264,20 @@ class Bench:
                 bare = {n: Lever(centre=centred[n][centre]) for n in self.names}
                 fitted = {n: with_lora(lever, found, n, RANK) for n, lever in bare.items()}
                 yield f"norm, {centre}, LoRA r{RANK}", fitted, RANK, 0
-        for rank in (RANK, 4 * RANK):
+        for rank in RANKS:
             deflated = every(lambda n, r=rank: Lever(centre=centred[n][f"deflation r{r}"]))  # type: ignore[misc]
             yield f"norm, deflation r{rank}", deflated, rank, 0
-            bare = {n: replace(lever, restore=native) for n, lever in deflated.items()}
-            yield f"native, deflation r{rank}", bare, rank, 0
-            text = {n: replace(lever, dense_tokens=self.text_rows.get(n, 0)) for n, lever in deflated.items()}
-            yield f"norm, deflation r{rank}, text rows dense", text, rank, 0
-            for steps in (1, 2):
-                yield f"norm, deflation r{rank}, first {steps} steps dense", deflated, rank, steps
+            yield f"norm, deflation r{rank}, first step dense", deflated, rank, 1
+            if rank == 4 * RANK:
+                tokens = self.text_rows
+                text = {n: replace(lever, dense_tokens=tokens.get(n, 0)) for n, lever in deflated.items()}
+                yield f"norm, deflation r{rank}, text rows dense", text, rank, 0
+                paired = {n: replace(lever, restore=pruning.one_mask) for n, lever in deflated.items()}
+                yield f"norm, deflation r{rank}, one mask for both halves of guidance", paired, rank, 0
             if rank == RANK:
+                yield f"norm, deflation r{rank}, first 2 steps dense", deflated, rank, 2
+                bare = {n: replace(lever, restore=native) for n, lever in deflated.items()}
+                yield f"native, deflation r{rank}", bare, rank, 0
                 found = self.moments(f"deflation r{rank}", norm)
                 both = {n: with_lora(lever, found, n, RANK) for n, lever in deflated.items()}
                 yield f"norm, deflation r{rank}, LoRA r{RANK}", both, 2 * RANK, 0

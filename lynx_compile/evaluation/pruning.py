@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..calibration.joint import prune_rows
 from ..calibration.statistics import Moments
+from ..runtime import semantics
 
 LOW_RANK = 32
 
@@ -40,6 +41,18 @@ def permuted(energy: Tensor) -> Callable[[Tensor], Tensor]:
     groups = torch.stack([strong[::2], strong[1::2], weak[::2], weak[1::2]], 1).reshape(-1)
     back = groups.argsort()
     return lambda z: prune_rows(z[:, groups].contiguous(), None, "norm")[0][:, back]
+
+
+def one_mask(z: Tensor) -> Tensor:
+    """Norm compensation, with one mask for each row of the first half and its partner in the second (M even).
+
+    A guided batch holds the negative half first; what one mask takes from both, guidance does not amplify.
+    """
+    halves = z.float().chunk(2)
+    keep = semantics.keep_mask(halves[0].square() + halves[-1].square()).repeat(len(halves), 1)
+    kept = torch.where(keep, z.float(), 0)
+    scale = (z.float().square().sum(-1) / (kept.square().sum(-1) + semantics.NORM_EPS)).sqrt()
+    return (scale[:, None] * kept).to(z.dtype)
 
 
 def second_order(weight: Tensor) -> Callable[[Tensor], Tensor]:
