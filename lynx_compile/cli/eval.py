@@ -36,7 +36,7 @@ def evaluate(
     distill_prompts: Annotated[int, typer.Option(help="For both kinds of training.")] = 256,
     validation_prompts: Annotated[int, typer.Option(help="To choose dense layers and stop training.")] = 64,
     recipe_steps: Annotated[int, typer.Option(help="Of the paper's training recipe.")] = 2000,
-    joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1500,
+    joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1000,
     batch_size: int = 256,
     only: Annotated[
         str, typer.Option(help="Stages, by commas: ladder, chosen, recipe, weights, …; all by default.")

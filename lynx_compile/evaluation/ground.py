@@ -46,7 +46,7 @@ class Settings:
     validation_prompts: int = 64
     recipe_steps: int = 2000
     recipe_lr: float = 1e-3
-    joint_steps: int = 1500
+    joint_steps: int = 1000
     joint_lr: float = 1e-4
     shares: tuple[float, ...] = (0.92, 0.85, 0.75)
     main_share: float = 0.85

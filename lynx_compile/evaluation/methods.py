@@ -75,7 +75,7 @@ def ladder(ground: Ground) -> Iterator[Method]:
 def ruled(ground: Ground) -> Iterator[Method]:
     """Ours with what the safe rules leave dense (text stream, attention outputs), and the first step too."""
     names = [name for name in ground.names if class_of(name) not in ("text", "out")]
-    for rank in ground.settings.ranks:
+    for rank in ground.settings.ranks[-2:]:
         ours = ground.ours(rank)
         layers = {name: ours.branches[name] for name in names}
         for title, steps in (("", 0), (", first step dense", 1)):
@@ -149,7 +149,8 @@ def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputSta
 
 def sparse_weights(ground: Ground) -> Iterator[Method]:
     """The rivals: sparse weights in every layer that may be sparse."""
-    return weight_methods(ground.calibration, ground.names, ground.settings.ranks)
+    ranks = ground.settings.ranks
+    return weight_methods(ground.calibration, ground.names, sorted({ranks[0], ranks[-1]}))
 
 
 def weight_methods(workload: Workload, names: list[str], ranks: Sequence[int]) -> Iterator[Method]:
