@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ def kind_of(kernel: str) -> str:
 
 
 def kernels(call: Callable[[], Any]) -> list[tuple[str, int]]:
-    """(name, nanoseconds) of what one call ran on the GPU, as the profiler saw it (ops, without a GPU)."""
+    """(name, nanoseconds) of what one call ran on the GPU, as the profiler saw it (ops, without a GPU).
+
+    A kernel that starts while those before it still run (programmatic dependent launch) waits for them: its
+    time counts from their end, so that all of them together are the time the GPU was busy.
+    """
     on_gpu = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
@@ -36,11 +41,22 @@ def kernels(call: Callable[[], Any]) -> list[tuple[str, int]]:
             torch.cuda.synchronize()
     device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     recorded: Any = profile.profiler
-    return [
-        (event.name(), event.duration_ns())
+    ran = [
+        (event.name(), event.start_ns(), event.duration_ns())
         for event in recorded.kineto_results.events()
         if event.device_type() == device and not _is_annotation(event)
     ]
+    return in_turn(ran) if on_gpu else [(name, taken) for name, _, taken in ran]
+
+
+def in_turn(ran: Iterable[tuple[str, int, int]]) -> list[tuple[str, int]]:
+    """(name, nanoseconds after the kernels before it) of each (name, start, nanoseconds)."""
+    found, done = [], 0
+    for name, start, taken in sorted(ran, key=itemgetter(1)):
+        end = start + taken
+        found.append((name, max(end - max(start, done), 0)))
+        done = max(done, end)
+    return found
 
 
 def _is_annotation(event: Any) -> bool:

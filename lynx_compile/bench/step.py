@@ -36,6 +36,7 @@ SECONDS = 1.0
 ROUNDS = 3  # in each, every backend has its turn
 WARMUPS = 3  # CUDA graphs: the second call records, the third is the first replay
 HOST_CALLS = 3
+HEATING_S = 1.0  # of steps before the rounds: the chip is at its power limit for the first of them too
 RANK = 64
 GRAPH_LIMIT = 256  # graphs one code object may have: the backends share those of `compile_repeated_blocks`
 # cuDNN's attention is the fastest on Hopper; every backend gets it
@@ -167,7 +168,8 @@ class Comparison:
             switch_off(self.model)
             release()
             keep(self.rows())
-        for again in range(1, ROUNDS):
+        self.heat()
+        for again in range(ROUNDS):
             for rival in self.rivals:
                 with self.told(rival.backend), sdpa_kernel(ATTENTION, set_priority=True):
                     rival.state.restore(rival.model)
@@ -182,6 +184,17 @@ class Comparison:
                 self.progress("{model} {resolution} × {batch}: {backend}: {step_ms:.1f} ms".format(**row))
         return self.rows()
 
+    def heat(self) -> None:
+        """Bring the chip to its working state; drop what was timed while it cooled between compilations."""
+        for rival in self.rivals:
+            rival.times.clear()
+            rival.loads.clear()
+        if self.rivals:
+            first, inputs = self.rivals[0], next(iter(self.inputs.values()))
+            with self.told(first.backend), sdpa_kernel(ATTENTION, set_priority=True):
+                first.state.restore(first.model)
+                step_times(lambda: step(first.model, inputs), HEATING_S)
+
     def rows(self) -> list[Row]:
         return [row for rival in self.rivals for row in rival.rows.values()]
 
@@ -195,7 +208,7 @@ class Comparison:
             self.progress(f"{self.name}: {backend.name} has no figures: {said}")
 
     def prepare(self, backend: Backend, seconds: float) -> Rival:
-        """Compile a backend and measure what needs no rival beside it, and a first round of times."""
+        """Compile a backend and measure what needs no rival beside it; times too, in case the rest fails."""
         before = allocated()
         model = self.known.build(self.device) if backend.fp8 else self.model  # fp8 replaces the weights
         others = before if backend.fp8 else before - self.model_bytes
