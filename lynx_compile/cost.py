@@ -96,12 +96,12 @@ def predict(
     """Time of an (M, N, K) linear layer on a device of `devices()`.
 
     rank: of the LoRA branch. shared: how many layers read the same X and so share one sparsify. deflated: the
-    branch leaves X before it is pruned; two thin products then read X twice and write what is left of it.
+    branch leaves X before it is pruned, which reads X once more and takes the time of two such passes.
     Raises ValueError for an unknown device.
     """
     dense, sparsify, gemm = model(device).evaluate(m, n, k, rank)
     if deflated:
-        sparsify = sparsify + 3 * ELEMENT * m * k / (_table(device)["copy_tb_s"] * 1e9)
+        sparsify = sparsify + 2 * ELEMENT * m * k / (_table(device)["copy_tb_s"] * 1e9)
     return Prediction(float(dense), float(sparsify) / shared, float(gemm))
 
 

@@ -39,12 +39,13 @@ def fold(graph: fx.Graph, match: Match) -> int:
     for node in list(graph.nodes):
         if node.target is not ops.sparsify or node.args[0] != "identity":
             continue
-        if node.kwargs.get("deflated"):  # reads X twice: once for t, once for what t leaves
-            continue
         x = node.args[1][0]
         if any(not _is_identity_sparsify(user) for user in real_users(x)):
             continue
         producer = recognise(x, match)
+        # Deflation reads X twice. A norm costs more there, with its two passes, than X costs in memory.
+        if producer is not None and node.kwargs.get("deflated") and producer.name.endswith("_norm"):
+            continue
         if producer is not None and not _outdated(mutations, x, producer, node):
             _rewrite(node, x, producer)
             count += 1

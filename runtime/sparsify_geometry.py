@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import layout
+from . import layout, semantics
 
 CLUSTERS = (1, 2, 3, 4, 8)  # sizes; 8 is the largest that every chip with clusters has
 MAX_STAGES = 3  # more gain nothing
-WARPGROUP_RANKS = (64, 96, 128)  # padded ranks for which a warpgroup computes t on Hopper
 WARPGROUP_RING = 6  # chunks of the LoRA weight it keeps
 LONG_ROW = 8192  # columns from which more warps are worth their later start
 KILOBYTES_A_UNIT = 5.1  # of x and of the LoRA weight that reach a multiprocessor in one unit of time
@@ -75,40 +74,50 @@ def choose(variant: Variant, m: int, k: int, sms: int, clusters: bool, smem: int
     """
     found = _geometries(_shapes(variant, k, clusters), variant, m, k, sms, clusters, smem)
     if not found:  # little shared memory
-        small = [(2, 1, 1) if variant.rank else (1, 4, 1)]
+        small = [(2, 1, 1, 1) if variant.rank else (1, 4, 1, 0)]
         found = _geometries(small, variant, m, k, sms, clusters, smem)
     return min(found, key=lambda g: _time(g, variant, m, k, sms))
 
 
-def _shapes(variant: Variant, k: int, clusters: bool) -> list[tuple[int, int, int]]:
-    """What to try: row warps, column warps, blocks on a multiprocessor. None makes the compiler spill."""
+def _shapes(variant: Variant, k: int, clusters: bool) -> list[tuple[int, int, int, int]]:
+    """What to try: row warps, column warps, blocks on a multiprocessor and helpers; none spills.
+
+    A warpgroup computes t where that was faster: for wide branches, and for producers that keep the other
+    warps busy.
+    """
     heavy = variant.producer.endswith(("_norm", "_mul"))
     if not variant.rank:
-        return [(1, 16, 1)] if k >= LONG_ROW and not heavy else [(1, 8, 2)]
+        return [(1, 16, 1, 0)] if k >= LONG_ROW and not heavy else [(1, 8, 2, 0)]
     if variant.deflate:
         columns = 3 if clusters and variant.rank <= 128 else 2
-        return [(4, columns, 1), (5, columns, 1), (2, 5 if columns == 3 else 4, 1)]
-    if clusters and variant.rank in WARPGROUP_RANKS:
-        columns = 3 if heavy or any(variant.storage) or variant.rank > 64 else 4
-        if sum(map(bool, variant.storage)) > 2:
-            columns = 2
-        return [(4, columns, 1), *([(5, 3, 1)] if variant.rank <= 64 and columns > 3 else []), (2, 6, 1)]
+        return [(4, columns, 1, 1), (5, columns, 1, 1), (2, 5 if columns == 3 else 4, 1, 1)]
+    if clusters and variant.rank > 64:
+        columns = 2 if sum(map(bool, variant.storage)) > 2 else 3
+        return [(4, columns, 1, 4), (2, 6, 1, 4)]
     if variant.rank > 64:
-        return [(2, 3, 1), (2, 5, 1)]
+        return [(2, 3, 1, 1), (2, 5, 1, 1)]
+    if clusters and variant.rank == 64 and (heavy or variant.producer in semantics.ACTIVATIONS):
+        if heavy or any(variant.storage):
+            return [(4, 2 if sum(map(bool, variant.storage)) > 2 else 3, 1, 4), (5, 2, 1, 1), (2, 6, 1, 4)]
+        return [(4, 4, 1, 4), (5, 3, 1, 4), (2, 6, 1, 4)]
     columns = 3 if clusters and not heavy and not any(variant.storage) else 2
-    return [(4, columns, 1), (5, columns, 1), (2, 5, 1)]
+    return [(4, columns, 1, 1), (5, columns, 1, 1), (2, 5, 1, 1)]
 
 
 def _geometries(
-    shapes: list[tuple[int, int, int]], variant: Variant, m: int, k: int, sms: int, clusters: bool, smem: int
+    shapes: list[tuple[int, int, int, int]],
+    variant: Variant,
+    m: int,
+    k: int,
+    sms: int,
+    clusters: bool,
+    smem: int,
 ) -> list[Geometry]:
     """Each shape in clusters of each useful size, with as many stages as fit."""
     found = []
-    helpers = int(variant.rank > 0)
-    most, least = MAX_STAGES, 2
-    if clusters and variant.rank in WARPGROUP_RANKS and not variant.deflate:
-        helpers, most, least = 4, MAX_STAGES + 1, 3  # it holds a slot for two rounds more
-    for row_warps, column_warps, blocks in shapes:
+    for row_warps, column_warps, blocks, helpers in shapes:
+        # A warpgroup holds a slot for two rounds more.
+        most, least = (MAX_STAGES + 1, 3) if helpers == 4 else (MAX_STAGES, 2)
         shared = clusters and (variant.rank or row_tiles(m, row_warps) < sms)
         for splits in CLUSTERS if shared else (1,):
             if splits > k // layout.BLOCK_COLUMNS:

@@ -35,6 +35,21 @@ def test_each_call_launches_on_its_own_outputs(driver):
     assert (outputs[3].shape, outputs[3].dtype) == ((M, N), torch.bfloat16)
 
 
+def test_deflation_takes_two_launches_which_share_scratch(driver, prepared):
+    layer = Operands()
+    for _ in range(2):
+        found = layer.sparsify(deflated=RANK)
+        assert len(found) == 4
+        first, second = (parameters(launched) for launched in driver.launches[-2:])
+        at = driver.launches[-1][0].parameters.index("O")
+        assert list(second[at : at + 4]) == pointers(*found)
+        assert list(first[at : at + 4]) == [0, 0, 0, found[3].data_ptr()]
+        assert first[at + 4] == second[at + 4] not in (0, *pointers(*found))
+    layer.sparsify()
+    assert prepared == ["sparsify"] * 2
+    assert len(driver.launches) == 5
+
+
 def test_operands_are_checked_once(driver, prepared):
     layer = Operands()
     compressed = layer.sparsify()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_compile.runtime import kernels, layout, ops, semantics
+from lynx_compile.runtime import layout, ops, semantics
 
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
@@ -130,16 +130,3 @@ def test_another_version_and_bad_k_are_refused():
         ops.sparsify("identity", [torch.randn(2, 32)])
     with pytest.raises(ValueError, match="unknown producer 'gellu'"):
         ops.sparsify("gellu", [x])
-
-
-@pytest.mark.parametrize("samples", [0, 1, 3])
-def test_deflation_by_products_of_the_library_is_the_definition(monkeypatch, samples):
-    """What runs on a GPU, with the reference in place of the kernel that prunes what is left."""
-    x, down = torch.randn(3, 5, 128, dtype=torch.float64), torch.randn(20, 128, dtype=torch.float64) / 16
-    shift = torch.randn(samples, 128, dtype=torch.float64) if samples else None
-    score = torch.rand(128, dtype=torch.float64) + 0.5
-    monkeypatch.setattr(kernels, "_sparsify", ops._sparsify_reference)
-    got = kernels._deflated(x, down, 16, shift, score, "norm")
-    wanted = ops.sparsify("identity", [x], lora_down=down, shift=shift, score=score, deflated=16)
-    torch.testing.assert_close(layout.unpack(*got[:2]), layout.unpack(*wanted[:2]))
-    torch.testing.assert_close(got[2:], wanted[2:])

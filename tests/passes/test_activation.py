@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lynx_compile.layers import attach
 from lynx_compile.passes.activation import fold_activations
 
 from .graphs import check_fusion, function
@@ -76,3 +77,15 @@ def test_a_rounding_between_two_casts_is_kept():
     unchanged = {"silu": 1, "sparsify:identity": 1}
     module = function(lambda m, x: m.a(F.silu(x).float().double()), a=nn.Linear(64, 64))
     check_fusion(module, [X], fold_activations, unchanged, unchanged, count=0)
+
+
+def test_in_front_of_a_layer_that_deflates():
+    layer = attach(
+        nn.Linear(64, 64),
+        down=torch.randn(16, 64) / 8,
+        up=torch.randn(64, 16),
+        decision="sparse",
+        deflated=16,
+    )
+    before, after = {"sparsify:identity": 1, "gelu": 1}, {"sparsify:gelu": 1, "gelu": 0}
+    check_fusion(function(lambda m, x: m.a(F.gelu(x)), a=layer), [X], fold_activations, before, after)

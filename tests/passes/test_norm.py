@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lynx_compile.layers import attach
 from lynx_compile.passes.norm import fold_norms
 
 from .graphs import check_fusion, function
@@ -79,3 +80,16 @@ def test_one_fold_feeds_every_layer_that_reads_it():
 def test_left_alone(forward):
     unchanged = {"sparsify:identity": 1, "layer_norm": 1}
     check_fusion(function(forward, q=nn.Linear(64, 64)), [X], fold_norms, unchanged, unchanged, count=0)
+
+
+def test_kept_in_front_of_a_layer_that_deflates():
+    layer = attach(
+        nn.Linear(64, 64),
+        down=torch.randn(16, 64) / 8,
+        up=torch.randn(64, 16),
+        decision="sparse",
+        deflated=16,
+    )
+    unchanged = {"sparsify:identity": 1, "layer_norm": 1}
+    module = function(lambda m, x: m.q(m.norm(x)), norm=nn.LayerNorm(64), q=layer)
+    check_fusion(module, [X], fold_norms, unchanged, unchanged, count=0)
