@@ -228,6 +228,17 @@ def levers(result: Result) -> list[str]:
     return [*lines, "", _source(result, "{prompts} held-out prompts, {steps} steps")]
 
 
+def levers_besides(result: Result) -> list[str]:
+    """What study scripts measured with the same forwards, on other prompts than the command's."""
+    lines = _head(["lever", "sparse", "PSNR, dB", "error (95%)", "prompts"])
+    study = result["studies"]["besides"]
+    for row in study["rows"]:
+        cells = [f"{row['sparse_flops_share']:.1%}", f"{row['psnr_db']:.1f}"]
+        cells += [_interval(row, "latent_rel_err", 3), str(row["prompts"])]
+        lines.append(_line([row["method"], *cells]))
+    return [*lines, "", _source({**study, "device": result["device"]}, "")]
+
+
 def distillation(result: Result) -> list[str]:
     """What joint distillation does to the loss it trains on."""
     lines = _head(["start and rate", "s", "held-out loss before", "after"])
@@ -298,6 +309,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm": ("gemm_h200.json", gemm),
     "quality": ("quality_emoji.json", quality),
     "levers": ("levers_emoji.json", levers),
+    "levers-besides": ("levers_emoji.json", levers_besides),
     "distillation": ("levers_emoji.json", distillation),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),
