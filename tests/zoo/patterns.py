@@ -15,6 +15,7 @@ from torch import fx
 from lynx_compile.backend import rewrite
 from lynx_compile.options import Options
 from lynx_compile.runtime import ops
+from lynx_compile.runtime.residual_norm import residual_norm
 from lynx_compile.runtime.rotary import rotary
 
 from .reference import OPTIONS
@@ -44,8 +45,8 @@ def fired(name: str) -> set[str]:
                 together = sum(len(r.args[3]) for r in readers if r.target is ops.sparse_linears)
                 alone = sum(r.target is ops.sparse_linear for r in readers)
                 found.update({"shared"} if together + alone > 1 else ())
-            elif node.target is rotary:
-                found.add("rotary")
+            elif node.target in (rotary, residual_norm):
+                found.add(node.target._opname)
             elif node.target is ops.sparse_linear:
                 places = ("gate", "residual", "left", "top")
                 found.update(key for key in places if node.kwargs.get(key) is not None)
