@@ -11,10 +11,12 @@
 // shares the rows and splits K between them. Partial sums meet in shared memory and are added in a fixed order, so
 // results are the same bits every time. Each warp keeps STAGES − 1 chunks on their way from global to shared
 // memory; a norm leaves x there between its two passes. With LoRA one more warp copies the weight, and warps of
-// one column share it: they wait for each other only when one is STAGES rounds ahead.
+// one column share it: they wait for each other only when one is STAGES rounds ahead. With DEFLATE z loses t·A before
+// it is pruned, with the t of a launch before, which wrote nothing else.
 //
-// Macros (see runtime/sparsify_kernel.py): FLOAT16, PRODUCER, ACTIVATION, RANK (padded; 0 without LoRA),
-// DEFLATE, storage of WEIGHT, BIAS, MULT, ADD, SHIFT, SCORE, and the geometry ROW_WARPS, COLUMN_WARPS, SPLITS, STAGES, MIN_BLOCKS.
+// Macros (see runtime/sparsify_kernel.py): FLOAT16, PRODUCER, ACTIVATION, RANK (padded; 0 without LoRA), DEFLATE,
+// storage of WEIGHT, BIAS, MULT, ADD, SHIFT, SCORE, and the geometry ROW_WARPS, COLUMN_WARPS, SPLITS, STAGES,
+// MIN_BLOCKS, HELPERS.
 
 #include "deflate.cuh"
 #include "norm.cuh"

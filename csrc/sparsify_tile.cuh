@@ -208,15 +208,17 @@ struct StageBarriers {
 __device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Position& at, u32 stages,
                                           const StageBarriers& barriers) {
     constexpr int kBytes = kRank * kRowBytes;
-    const char* source = kDeflate ? p.directions + at.slice.begin * kBytes + at.lane * 16
-                                  : p.lora_down + at.lane / 8 * p.lora_stride + at.lane % 8 * 16 + at.slice.begin * kRowBytes;
+    constexpr int kStep = kDeflate ? kBytes : kRowBytes;  // from a chunk to the next
+    const char* source = kDeflate ? p.directions + at.lane * 16
+                                  : p.lora_down + at.lane / 8 * p.lora_stride + at.lane % 8 * 16;
+    source += at.slice.begin * kStep;
     const u32 offset = kDeflate ? at.lane * 16 : piece_offset(at.lane / 8, at.lane % 8);
     int stage = 0, chunk = at.slice.begin;
     u32 parity = 1;  // of the phase before the first: the stages begin empty
 #pragma unroll 1
     while (chunk < at.slice.end) {
 #pragma unroll 1
-        for (int w = 0; w < kColumnWarps && chunk < at.slice.end; ++w, ++chunk, source += kDeflate ? kBytes : kRowBytes) {
+        for (int w = 0; w < kColumnWarps && chunk < at.slice.end; ++w, ++chunk, source += kStep) {
             barrier_wait(barriers.empty(stage, w), parity);
             const u32 to = stages + (stage * kColumnWarps + w) * kBytes + offset;
 #if BULK
@@ -226,9 +228,9 @@ __device__ __forceinline__ void copy_lora(const SparsifyParams& p, const Positio
             }
 #else
 #pragma unroll
-            for (int i = 0; i < kRank / 4; ++i) {  // rows past the rank become zeros
-                if constexpr (kDeflate) copy_async(to + i * 4 * kRowBytes, source + i * 4 * kRowBytes);
-                else copy_async((i % 2 ? to ^ 64 : to) + i * 4 * kRowBytes, source + i * 4 * p.lora_stride, 4 * i < p.rank);
+            for (int i = 0; i < kRank; i += 4) {  // rows past the rank become zeros
+                if constexpr (kDeflate) copy_async(to + i * kRowBytes, source + i * kRowBytes);
+                else copy_async((to ^ i % 8 * 16) + i * kRowBytes, source + i * p.lora_stride, i < p.rank);
             }
             barrier_arrive_after_copies(barriers.full(stage, w));
 #endif
