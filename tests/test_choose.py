@@ -75,9 +75,9 @@ def test_dense_steps_are_taken_where_they_pay() -> None:
 
 
 def test_large_fronts_take_seconds() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     assert len(points(random_problem(0, layers=60))) > 10
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
 
 
 def test_costs_count_dense_rows_as_dense() -> None:
