@@ -1,92 +1,16 @@
-"""csrc/sparsify.cu on the CPU, launched by the real launcher: no GPU needed.
+"""csrc/sparsify.cu on the CPU, launched by the real launcher: no GPU needed (see `emulation`)."""
 
-`emulation/` replaces the two headers that hold PTX and runs threads as fibers in random order, with
-asynchronous copies that land as early and as late as they may. That tries indices, barriers, the rings of
-shared memory and the order of sums; what instructions do on a chip is the matter of tests/gpu.
-"""
-
-import ctypes
 import shutil
-import subprocess
-import types
-from pathlib import Path
 
 import pytest
 import torch
-from torch._C._dynamo import guards
 
-from lynx_compile.runtime import calls, launch, layout, semantics, sparsify_kernel
+from lynx_compile.runtime import layout, semantics, sparsify_kernel
 from lynx_compile.runtime.sparsify_geometry import Geometry
 
+from .emulation import Emulator, forget, install
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-HERE = Path(__file__).parent / "emulation"
-CSRC = Path(__file__).parents[1] / "csrc"
-ENTRY = """
-extern "C" void entry(const void* p) { lynx::sparsify(*static_cast<const lynx::SparsifyParams*>(p)); }
-extern "C" void begin(int rank) { shared_begins(rank, lynx::dynamic_memory()); }
-"""
-
-
-def compile_library(folder, source, output, *options):
-    """A library of one C++ file. Its statics stay its own, as shared memory is a block's own."""
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-fno-gnu-unique", "-Wl,-Bsymbolic"]
-    command = ["g++", *flags, *options, source, "-o", output]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[:4000]
-    return folder / output
-
-
-class Emulator:
-    """Stands for the driver: compiles a kernel's variant when it is launched, and runs it."""
-
-    def __init__(self, folder):
-        self.folder, self.entries, self.seed, self.late, self.launches = folder, {}, 0, False, []
-        for file in (*CSRC.glob("*.cu*"), *HERE.glob("*.*")):
-            shutil.copy(file, folder)
-        fibers = compile_library(folder, "fibers.cpp", "libfibers.so")
-        self.library = ctypes.CDLL(str(fibers), mode=ctypes.RTLD_GLOBAL)
-        with (folder / "sparsify.cu").open("a") as file:
-            file.write(ENTRY)
-
-    def blocks(self, kernel):
-        """The entry of each block of a cluster, from as many copies of the library."""
-        key = (*sorted(kernel.defines.items()),)
-        if key not in self.entries:
-            number = len(self.entries)
-            defines = [f"-D{name}={value}" for name, value in kernel.defines.items()]
-            built = compile_library(
-                self.folder, "sparsify.cu", f"kernel{number}.so", "-xc++", "-D__CUDA_ARCH__=900", *defines
-            )
-            copies = [
-                shutil.copy(built, self.folder / f"kernel{number}_{rank}.so")
-                for rank in range(kernel.cluster)
-            ]
-            self.entries[key] = [ctypes.CDLL(str(copy)) for copy in copies]
-        for rank, block in enumerate(self.entries[key]):
-            block.begin(rank)
-        return self.entries[key]
-
-    def __call__(self):
-        return self
-
-    def cuLaunchKernelEx(self, config, handle, pointers, extra):
-        kernel, size = handle
-        blocks = self.blocks(kernel)
-        entries = (ctypes.c_void_p * len(blocks))(
-            *[ctypes.cast(b.entry, ctypes.c_void_p).value for b in blocks]
-        )
-        grid = config._obj.grid_x
-        self.launches.append((kernel, grid))
-        parameters = ctypes.create_string_buffer(ctypes.string_at(pointers[0], size), size + 64)
-        stuck = self.library.emulate(
-            entries, parameters, grid, kernel.threads, kernel.cluster, self.seed, int(self.late)
-        )
-        assert not stuck, "threads wait for ever"
-        return 0
-
-    def __getattr__(self, name):
-        return lambda *arguments: 0
 
 
 @pytest.fixture(scope="module")
@@ -94,34 +18,11 @@ def emulator(tmp_path_factory):
     return Emulator(tmp_path_factory.mktemp("emulation"))
 
 
-def poisoned(shape, strides, dtype):
-    tensor = guards._empty_strided_cpu(shape, strides, dtype)
-    return tensor.fill_(torch.nan if dtype.is_floating_point else 0x7FFFFFFF)
-
-
 @pytest.fixture
 def device(emulator, monkeypatch):
-    """A GPU like an H200 whose launches the emulator runs on CPU tensors."""
-    properties = types.SimpleNamespace(
-        shared_memory_per_multiprocessor=233472, major=9, multi_processor_count=132
-    )
-    monkeypatch.setattr(launch, "_driver", emulator)
-    monkeypatch.setattr(launch.Kernel, "_load", lambda self, device: (self, self._layout.size))
-    monkeypatch.setattr(launch, "_make_context_current", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    monkeypatch.setattr(calls, "_empty_strided", poisoned)
-    monkeypatch.setattr(calls, "empty", poisoned)
-    monkeypatch.setattr(sparsify_kernel, "DEVICE_TYPE", "cpu")
-    cached = sparsify_kernel.plan, sparsify_kernel._kernel, launch.multiprocessors
-    for cache in cached:
-        cache.cache_clear()
+    install(monkeypatch, emulator)
     yield emulator
-    for cache in cached:
-        cache.cache_clear()
+    forget()
 
 
 def normal(*shape, dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-// The CUDA language as far as csrc/sparsify.cu uses it, for a C++ compiler: threads are fibers of `fibers.cpp`.
+// The CUDA language as far as the kernels use it, for a C++ compiler: threads are fibers of `fibers.cpp`.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ struct Thread {
 
 extern "C" {
 extern Thread* current;
-void fail(const char* what);  // ends the process
+[[noreturn]] void fail(const char* what);  // ends the launch
 // Waits for the other lanes of the warp; the last to come calls meet(slots), the lanes' arguments in order.
 void warp_meet(void* slot, void (*meet)(void** slots));
 // As warp_meet for the 128 threads of a warpgroup.
@@ -35,7 +35,8 @@ void copy_start(unsigned to, const void* from, bool valid);
 void copy_commit();
 void copy_wait(int pending);
 void copy_arrive(unsigned barrier);
-void copy_complete(unsigned to, const void* from, unsigned bytes, unsigned barrier);
+// Pieces of 16 bytes from `from`, null for zeros; their bytes complete on the barrier together.
+void copies_complete(const unsigned* to, const void* const* from, int count, unsigned barrier);
 void mbarrier_init(unsigned barrier, unsigned count);
 void mbarrier_arrive(unsigned barrier);
 void mbarrier_expect(unsigned barrier, unsigned bytes);
@@ -52,6 +53,10 @@ void mbarrier_wait(unsigned barrier, unsigned parity);
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+
+// Address of a block's first byte of dynamic shared memory.
+inline unsigned shared_base(int rank) { return static_cast<unsigned>(rank) << 28 | 1u << 27; }
 
 struct alignas(8) float2 {
     float x, y;
@@ -78,11 +83,11 @@ inline void __syncwarp() {
     warp_meet(nullptr, [](void**) {});
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
     struct Lane {
-        float in, out;
+        T in, out;
         int mask;
-    } lane{value, 0.f, mask};
+    } lane{value, {}, mask};
     warp_meet(&lane, [](void** slots) {
         for (int i = 0; i < 32; ++i) {
             Lane* const to = static_cast<Lane*>(slots[i]);

@@ -62,6 +62,7 @@ char* bases[16];
 Fiber* running;
 ucontext_t scheduler;
 std::mt19937 generator;
+char failure[200];
 unsigned long events;  // grows whenever something happens that may let a thread go on
 bool late;
 const void* parameters;
@@ -115,9 +116,10 @@ extern "C" {
 
 Thread* current;
 
+// The fiber ends here, and the launch with it: `emulate` returns what went wrong.
 void fail(const char* what) {
-    std::fprintf(stderr, "emulation: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
-    std::abort();
+    std::snprintf(failure, sizeof failure, "%s (block %u, thread %u)", what, blockIdx.x, threadIdx.x);
+    for (;;) yield();
 }
 
 void warp_meet(void* slot, void (*meet)(void**)) {
@@ -177,15 +179,15 @@ void copy_start(unsigned to, const void* from, bool valid) {
     running->groups.back().push_back(copy);
 }
 
-void copy_complete(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+void copies_complete(const unsigned* to, const void* const* from, int count, unsigned barrier) {
     Copies copies;
-    for (unsigned i = 0; i < bytes; i += 16) {
-        copies.push_back(checked(from_shared(to + i), static_cast<const char*>(from) + i, true));
+    for (int i = 0; i < count; ++i) {
+        copies.push_back(checked(from_shared(to[i]), static_cast<const char*>(from[i]), from[i] != nullptr));
         if (late) std::memset(copies.back().to, 0xff, 16);
     }
-    if (late) return arrivals.push_back({copies, barrier, bytes}), void();
+    if (late) return arrivals.push_back({copies, barrier, 16u * count}), void();
     land(copies);
-    mbarrier_complete(barrier, bytes);
+    mbarrier_complete(barrier, 16 * count);
 }
 
 void copy_commit() { running->groups.emplace_back(); }
@@ -232,9 +234,9 @@ void mbarrier_wait(unsigned barrier, unsigned parity) {
     while (found.phase == parity) yield();
 }
 
-// Runs a grid, one cluster after another. Returns 0, or 1 when all threads that are left wait for ever.
-int emulate(void (**blocks)(const void*), const void* given, unsigned grid, int threads, int size, int seed, int lazy) {
-    parameters = given, late = lazy, generator.seed(seed);
+// Runs a grid, one cluster after another. Returns null, or what went wrong.
+const char* emulate(void (**blocks)(const void*), const void* given, unsigned grid, int threads, int size, int seed, int lazy) {
+    parameters = given, late = lazy, failure[0] = 0, generator.seed(seed);
     std::copy(blocks, blocks + size, entries);
     const int warps_of_block = (threads + 31) / 32;
     for (unsigned first = 0; first < grid; first += size) {
@@ -260,6 +262,7 @@ int emulate(void (**blocks)(const void*), const void* given, unsigned grid, int 
                 const std::size_t chosen = (start + i) % left.size();
                 running = left[chosen], current = &running->thread;
                 swapcontext(&scheduler, &running->context);
+                if (failure[0]) return failure;
                 if (running->done) left.erase(left.begin() + chosen);
             }
             if (!arrivals.empty() && generator() % 3 == 0) {
@@ -269,11 +272,15 @@ int emulate(void (**blocks)(const void*), const void* given, unsigned grid, int 
                 land(copies);
                 if (bytes) mbarrier_complete(barrier, bytes);
                 else mbarrier_arrive(barrier);
+                if (failure[0]) return failure;
             }
             idle = events == seen ? idle + 1 : 0, seen = events;
-            if (idle > kPatience) return 1;
+            if (idle > kPatience) return "a deadlock";
+        }
+        for (const auto& [address, barrier] : mbarriers) {
+            if (barrier.bytes < 0) return "copied bytes that nobody expected";
         }
     }
-    return 0;
+    return nullptr;
 }
 }

@@ -3,6 +3,8 @@
 
 #include "element.cuh"
 
+#include <vector>
+
 namespace lynx {
 
 alignas(1024) static char shared_memory[232448];
@@ -65,7 +67,10 @@ template <typename Vector> inline void send(u32 to, Vector values, u32 barrier) 
     mbarrier_complete(barrier, sizeof(values));
 }
 inline void copy_bulk(u32 shared, const void* global, u32 bytes, u32 barrier) {
-    copy_complete(shared, global, bytes, barrier);
+    std::vector<unsigned> to;
+    std::vector<const void*> from;
+    for (unsigned i = 0; i < bytes; i += 16) to.push_back(shared + i), from.push_back(static_cast<const char*>(global) + i);
+    copies_complete(to.data(), from.data(), static_cast<int>(to.size()), barrier);
 }
 inline void barrier_expect(u32 barrier, u32 bytes) { mbarrier_expect(barrier, bytes); }
 inline void receive(u32 barrier) { mbarrier_wait(barrier, 0); }
