@@ -81,12 +81,40 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
         ),
         (("--speed", "1.2"), "no layer of this model is faster sparse by the table 'h200'"),
         (("--speed", "1.2", "--costs", "h2000"), "no cost table for device 'h2000'"),
+        (("--speed", "1.2", "--held-out", "0"), "--held-out 0 leaves no prompts"),
+        (("--prompts", "missing.txt"), "--prompts missing.txt: No such file"),
+        (("--prompts", "/"), "--prompts /: Is a directory; give a text file"),
+        (("--out", __file__), "File exists; give a folder that can be written"),
+        (("--state", __file__), "File exists; give a folder that can be written"),
+        (("--device", "tpu"), "--device tpu: this runs on cpu, cuda or one GPU by number"),
     ],
 )
 def test_says_what_is_wrong(prompts: Path, arguments: tuple[str, ...], message: str) -> None:
     result = calibrate(prompts, *arguments)
     assert result.exit_code == 2
     assert message in re.sub(r"[\s│]+", " ", result.output)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--count", "1", "--held-out", "1"]
+    result = CliRunner().invoke(
+        command.app, [str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu", *arguments]
+    )
+    assert result.exit_code == 2
+    assert "is no folder that save_pretrained wrote" in re.sub(r"[\s│]+", " ", result.output)
+
+
+def test_a_merge_does_not_overwrite_what_it_reads(prompts: Path) -> None:
+    assert calibrate(prompts).exit_code == 0
+    folder = str(prompts.parent / "profile")
+    before = (prompts.parent / "profile" / "lynx.json").read_bytes()
+    for out, message in ((folder, "is one of the two that are joined"), (__file__, "File exists; give a")):
+        result = CliRunner().invoke(profile_command.app, ["merge", folder, folder, "--out", out])
+        assert result.exit_code == 2
+        assert message in re.sub(r"[\s│]+", " ", result.output)
+    assert (prompts.parent / "profile" / "lynx.json").read_bytes() == before
 
 
 def test_state_makes_a_second_run_short(prompts: Path) -> None:

@@ -107,6 +107,10 @@ def test_an_interruption_keeps_what_is_measured(folder: Path, monkeypatch: pytes
         (("--metrics", "fidd"), "metric 'fidd' is unknown; metrics are fid"),
         (("--shares", "85"), "is no list of shares between 0 and 1"),
         (("--ranks", "16,x"), "is no list of ranks, as 16,64"),
+        (("--device", "tpu"), "--device tpu: this runs on cpu, cuda or one GPU"),
+        (("--out", "."), "--out .: is a folder; give a file"),
+        (("--choices", "missing.json"), "missing.json"),
+        (("--real", __file__), "is no archive; examples/emoji_flux/prepare.py makes one"),
     ],
 )
 def test_says_what_is_wrong(folder: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -45,7 +45,7 @@ def gemm(
         Shapes, typer.Option(help="The paper's squares, a DiT's layers, or both.")
     ] = Shapes.all,
     rank: Rank = 64,
-    seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 0.3,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Least time of one measurement.")] = 0.3,
     chains: Annotated[bool, typer.Option(help="Also producers fused into the layer.")] = True,
     json: Json = None,
     plot: Plot = None,
@@ -57,6 +57,7 @@ def gemm(
     from ..results import device_name, write_results
 
     console = _console()
+    _check_files(console, json, plot)
     chosen = {
         Shapes.all: measurements.PAPER_SHAPES + measurements.DIT_SHAPES,
         Shapes.paper: measurements.PAPER_SHAPES,
@@ -86,7 +87,7 @@ def layers(
     model: Model = None,
     resolution: Annotated[int, typer.Option(help="Side in pixels.")] = 1024,
     rank: Rank = 64,
-    seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 0.3,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Least time of one measurement.")] = 0.3,
     json: Json = None,
     plot: Plot = None,
     commit: Commit = None,
@@ -98,6 +99,7 @@ def layers(
     from ..results import device_name, write_results
 
     console = _console()
+    _check_files(console, json, plot)
     try:
         with console.status("tracing") as status:
             result = measurements.run(
@@ -126,7 +128,7 @@ def step(
         list[str] | None, typer.Option(help="What to compare; repeatable. --backend list shows the names.")
     ] = None,
     rank: Rank = 64,
-    seconds: Annotated[float, typer.Option(help="Least time of one measurement.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Least time of one measurement.")] = 1.0,
     blocks: Blocks = None,
     warm: Annotated[
         list[str] | None,
@@ -147,6 +149,7 @@ def step(
     from ..results import device_name, write_results
 
     console = _console()
+    _check_files(console, json, plot)
     if backend == ["list"]:
         console.print("\n".join(measurements.BACKENDS))
         return
@@ -200,6 +203,7 @@ def start(
     from ..results import write_results
 
     console = _console()
+    _check_files(console, json)
     _need_gpu(console)
     chosen = backend or ["inductor", "rt_lynx"]
     unknown = [name for name in chosen if name not in BACKENDS]
@@ -227,6 +231,7 @@ def host(
     from ..results import write_results
 
     console = _console()
+    _check_files(console, json)
     _need_gpu(console)
     rows = measurements.run(calls=calls)
     table = Table("call", "host, µs", title="An idle GPU, inference mode")
@@ -245,6 +250,17 @@ def _console() -> Any:
     return console
 
 
+def _check_files(console: Any, json: Path | None, plot: Path | None = None) -> None:
+    """Before the work: a file that cannot be written would lose it."""
+    from ..inputs import check_file
+
+    try:
+        check_file(json, "--json")
+        check_file(plot, "--plot", (".png", ".svg", ".pdf"))
+    except OSError as error:
+        raise _failure(console, error) from error
+
+
 def _need_gpu(console: Any) -> None:
     import torch
 
@@ -253,7 +269,9 @@ def _need_gpu(console: Any) -> None:
 
 
 def _failure(console: Any, error: object) -> typer.Exit:
-    console.print(f"[red]{error}[/red]")
+    from rich.text import Text
+
+    console.print(Text(str(error), "red"))  # as text: brackets in an error are no markup
     return typer.Exit(1)
 
 

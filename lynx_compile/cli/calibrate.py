@@ -26,10 +26,12 @@ def calibrate_(
     out: Annotated[Path, typer.Option(help="Folder of the profile.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts for the statistics.")] = 64,
-    held_out: Annotated[int, typer.Option(help="Prompts for sensitivities, taken after these.")] = 4,
+    held_out: Annotated[int, typer.Option(min=0, help="Prompts for sensitivities, taken after these.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a run.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one run.")] = 1,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale of the pipeline.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="guidance_scale of the pipeline.")
+    ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Rank of every branch.")] = 64,
     total_rank: Annotated[int | None, typer.Option(min=0, help="A budget over all layers instead.")] = None,
     no_shift: Annotated[bool, typer.Option("--no-shift", help="Prune around zero, not the mean.")] = False,
@@ -37,34 +39,49 @@ def calibrate_(
         bool,
         typer.Option("--no-deflate", help="LoRA branches beside what is pruned: faster, further from dense."),
     ] = False,
-    memory: Annotated[float, typer.Option(help="GiB of device memory for statistics.")] = 8.0,
+    memory: Annotated[float, typer.Option(min=0.01, help="GiB of device memory for statistics.")] = 8.0,
     state: Annotated[Path | None, typer.Option(help="Folder from which a killed run goes on.")] = None,
-    max_error: Annotated[float | None, typer.Option(help="Least time within this error.")] = None,
+    max_error: Annotated[float | None, typer.Option(min=0, help="Least time within this error.")] = None,
     speed: Annotated[
-        float | None, typer.Option(help="Least error at this speed of the linear layers.")
+        float | None, typer.Option(min=1, help="Least error at this speed of the linear layers.")
     ] = None,
     costs: Annotated[str, typer.Option(help='Cost table, as "h200", or "flops".')] = "h200",
     text_rows: Annotated[
         list[str] | None,
         typer.Option(help="GLOB=N: these layers' first N rows are text (FLUX and its kin are known)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
 ) -> None:
     """Fit branches and shifts; with --max-error or --speed also measure and choose what stays dense."""
     import torch
 
     from ..calibration import calibrate
+    from ..calibration.costs import FLOPS
+    from ..cost import model as cost_model
+    from ..inputs import device_of, make_folder
     from ..profile import save_profile
 
+    chooses = max_error is not None or speed is not None
     if max_error is not None and speed is not None:
         raise typer.BadParameter("give --max-error or --speed, not both")
+    if chooses and not held_out:
+        raise typer.BadParameter(
+            "--held-out 0 leaves no prompts to measure what --max-error and --speed ask for; give 1 or more"
+        )
     rows = _text_rows(text_rows)
-    if rows and max_error is None and speed is None:
+    if rows and not chooses:
         raise typer.BadParameter("--text-rows is for the choice that --max-error or --speed asks for")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank_, world, device = _join_group(device)
-    pipe = _load(model, device)
-    texts = _prompts(model, prompts, count + held_out)
+    try:
+        if costs != FLOPS:
+            cost_model(costs)  # refuses what it has no table of
+        texts = _prompts(model, prompts, count + held_out)
+        for folder, option in ((out, "--out"), (state, "--state")):
+            if folder is not None:
+                make_folder(folder, option)
+        rank_, world, where = _join_group(str(device_of(device)))
+        pipe = _load(model, where)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
     call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     workload = _workload(pipe, texts[:count], steps, batch_size, 0, call)
     profile = calibrate(
@@ -79,7 +96,7 @@ def calibrate_(
         provenance={"model": model, "prompts": count, "rank": rank, "held_out_prompts": held_out},
     )
     points: list[Choice] = []
-    if rank_ == 0 and (max_error is not None or speed is not None):
+    if rank_ == 0 and chooses:
         points = _choose(
             profile,
             _workload(pipe, texts[count:], steps, batch_size, count, call),
@@ -114,7 +131,13 @@ def _load(model: str, device: str) -> Any:
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"{model!r} is no folder that save_pretrained wrote and could not be fetched from the hub "
+                f"({type(error).__name__}); check the name, the connection and `hf auth login`"
+            ) from error
         pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     pipe.transformer.eval().requires_grad_(False)
@@ -122,8 +145,10 @@ def _load(model: str, device: str) -> Any:
 
 
 def _prompts(model: str, file: Path | None, wanted: int) -> list[str]:
+    from ..inputs import lines_of
+
     if file is not None:
-        texts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        texts = lines_of(file, "--prompts")
         if len(texts) < wanted:
             raise typer.BadParameter(
                 f"{file} has {len(texts)} prompts, {wanted} are needed; lower --count or add some"

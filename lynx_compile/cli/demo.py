@@ -49,6 +49,8 @@ def demo(
     from rich.console import Console
     from rich.text import Text
 
+    from ..inputs import make_folder
+
     console = Console()
     prompts = list(PROMPTS) if not prompt else [" ".join(words.split()) for words in prompt]
     try:
@@ -56,7 +58,7 @@ def demo(
         with console.status("loading the model"):
             pipe = _load(model, device)
         _check_lengths(pipe, prompts)
-        _make_folder(out)
+        make_folder(out)
         result = _run(console, pipe, _profile(model), prompts, seed, steps, guidance)
         _write(result, out)
     except (OSError, ImportError, RuntimeError, ValueError) as error:
@@ -97,17 +99,6 @@ def _check_lengths(pipe: Any, prompts: list[str]) -> None:
             )
 
 
-def _make_folder(out: Path) -> None:
-    """Before the work: a folder that cannot be made or written would lose it."""
-    import tempfile
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise OSError(f"--out {out}: {error.strerror}; give a folder that can be written") from error
-
-
 def _write(result: Demo, out: Path) -> None:
     from ..demo import picture_grid, render
 
@@ -118,30 +109,10 @@ def _write(result: Demo, out: Path) -> None:
         raise OSError(f"{error.filename or out}: {error.strerror or error}; give another --out") from error
 
 
-def _device(device: str | None) -> Any:
-    """The torch device of `--device`; RuntimeError when the demo cannot run there."""
-    import torch
-
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index):
-        raise RuntimeError(f"--device {device}: the demo runs on cpu, cuda or one GPU by number, as cuda:0")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"--device {device}: torch {torch.__version__} sees no NVIDIA GPU; use --device cpu"
-        )
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise RuntimeError(f"--device {device}: the GPUs here are cuda:0 to cuda:{last}")
-    return chosen
-
-
 def _load(model: Path | None, device: str | None) -> Any:
-    chosen = _device(device)
+    from ..inputs import device_of
+
+    chosen = device_of(device)
     import diffusers
     import torch
     import transformers

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
 if TYPE_CHECKING:
+    import torch
+
     from ..evaluation.run import Study
     from ..evaluation.table import Row
 
@@ -26,18 +28,20 @@ def evaluate(
         Path | None, typer.Option(help="Folder for the profile of the chosen row, and its plots.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Another folder of the emoji model.")] = None,
-    prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = 512,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     ranks: Annotated[
         str, typer.Option(help="Of the branches, by commas; layers are chosen for the last.")
     ] = "16,64,128",
-    calibration_prompts: Annotated[int, typer.Option(help="For the closed form.")] = 256,
-    calibration_steps: Annotated[int, typer.Option(help="Of each of its runs.")] = 5,
-    distill_prompts: Annotated[int, typer.Option(help="For both kinds of training.")] = 256,
-    validation_prompts: Annotated[int, typer.Option(help="To choose dense layers and stop training.")] = 64,
-    recipe_steps: Annotated[int, typer.Option(help="Of the paper's training recipe.")] = 2000,
-    joint_steps: Annotated[int, typer.Option(help="Of joint distillation at most.")] = 1000,
-    batch_size: int = 256,
+    calibration_prompts: Annotated[int, typer.Option(min=1, help="For the closed form.")] = 256,
+    calibration_steps: Annotated[int, typer.Option(min=1, help="Of each of its runs.")] = 5,
+    distill_prompts: Annotated[int, typer.Option(min=1, help="For both kinds of training.")] = 256,
+    validation_prompts: Annotated[
+        int, typer.Option(min=1, help="To choose dense layers and stop training.")
+    ] = 64,
+    recipe_steps: Annotated[int, typer.Option(min=1, help="Of the paper's training recipe.")] = 2000,
+    joint_steps: Annotated[int, typer.Option(min=1, help="Of joint distillation at most.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 256,
     only: Annotated[
         str, typer.Option(help="Stages, by commas: ladder, chosen, recipe, weights, …; all by default.")
     ] = "",
@@ -50,53 +54,51 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Further metrics, by commas: fid, clip-score, clip-iqa, image-reward.")
     ] = "",
-    limit: Annotated[float, typer.Option(help="Seconds after which no further method is begun.")] = math.inf,
+    limit: Annotated[
+        float, typer.Option(min=0, help="Seconds after which no further method is begun.")
+    ] = math.inf,
     real: Annotated[
         Path | None, typer.Option(help="Archive of real pictures for KID (prepare.py makes it).")
     ] = None,
     feature_net: Annotated[Path | None, typer.Option(help="ONNX file of the feature net.")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu; the GPU if there is one.")] = "",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
 ) -> None:
     """Every method on the emoji model: 2:4 weights, sparse activations down the ladder, layers left dense."""
     import torch
 
-    from ..evaluation import emoji, features
+    from ..evaluation import emoji
     from ..evaluation.perceptual import load_scorers
     from ..evaluation.run import STAGES, Settings, Study
+    from ..inputs import check_file, device_of, make_folder
     from ..models import read_object
     from ..results import write_results
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = emoji.load_emoji_pipeline(model, torch_dtype=dtype)
-    pipe.to(device)
-    pipe.transformer.eval().requires_grad_(False)
-    archive = real or emoji.EXAMPLE / "data" / "emoji.zip"
-    net = photos = None
-    if archive.is_file():
-        photos = emoji.real_pictures(archive, 1024).to(device)
-        try:
-            net = features.FeatureNet(feature_net, device)
-        except ImportError as error:
-            console.print(f"KID is left out: {error}", style="yellow")
-    else:
-        console.print(
-            f"KID is left out: {archive} is missing (examples/emoji_flux/prepare.py makes it)", style="yellow"
-        )
+    numbers, parts = _numbers(ranks), _shares(shares)
     try:
+        check_file(out, "--out")
+        check_file(pictures, "--pictures")
+        if profile is not None:
+            make_folder(profile, "--profile")
+        chosen = None if choices is None else read_object(choices)
+        where = device_of(device)
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        pipe = emoji.load_emoji_pipeline(model, torch_dtype=dtype)
+        pipe.to(str(where))
+        net, photos = _reality(real or emoji.EXAMPLE / "data" / "emoji.zip", feature_net, where)
         scorers = load_scorers(
             _listed(metrics),
-            device,
+            str(where),
             photos,
             lambda why: console.print(f"left out: {why}", style="yellow", markup=False),
         )
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
+    pipe.transformer.eval().requires_grad_(False)
     settings = Settings(
         prompts=prompts,
         steps=steps,
-        ranks=_numbers(ranks),
-        shares=_shares(shares),
+        ranks=numbers,
+        shares=parts,
         calibration_prompts=calibration_prompts,
         calibration_steps=calibration_steps,
         distill_prompts=distill_prompts,
@@ -132,8 +134,8 @@ def evaluate(
             scorers,
             limit,
         )
-        if choices is not None:
-            study.ground.take_choices(read_object(choices))
+        if chosen is not None:
+            study.ground.take_choices(chosen)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
@@ -142,6 +144,30 @@ def evaluate(
         write()
         console.print(_rich(rows))
         _keep(study, rows, pictures, profile)
+
+
+def _reality(archive: Path, feature_net: Path | None, device: torch.device) -> tuple[Any, Any]:
+    """(feature net, real pictures) for KID; (None, None) where something is missing, and says what."""
+    from zipfile import BadZipFile
+
+    from ..evaluation import emoji, features
+
+    if not archive.is_file():
+        console.print(
+            f"KID is left out: {archive} is missing (examples/emoji_flux/prepare.py makes it)", style="yellow"
+        )
+        return None, None
+    try:
+        photos = emoji.real_pictures(archive, 1024).to(device)
+    except BadZipFile as error:
+        raise ValueError(
+            f"--real {archive}: is no archive; examples/emoji_flux/prepare.py makes one"
+        ) from error
+    try:
+        return features.FeatureNet(feature_net, str(device)), photos
+    except ImportError as error:
+        console.print(f"KID is left out: {error}", style="yellow")
+        return None, photos
 
 
 def _keep(study: Study, rows: list[Row], pictures: Path | None, folder: Path | None) -> None:

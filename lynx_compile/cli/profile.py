@@ -20,12 +20,12 @@ Folder = Annotated[Path, typer.Argument(help="Folder that holds lynx.json.")]
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """A profile that is refused ends the command with the reason instead of a traceback."""
+    """What is refused ends the command with the reason instead of a traceback."""
     from ..profile import ProfileError
 
     try:
         yield
-    except ProfileError as error:
+    except (ProfileError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -98,9 +98,13 @@ def merge_(
     first: Folder, second: Folder, out: Annotated[Path, typer.Option(help="Folder to write.")]
 ) -> None:
     """Join two calibrations of one model, each weighted by the tokens it saw."""
+    from ..inputs import make_folder
     from ..profile import merge, save_profile
 
     with _refusals():
+        if out.resolve() in (first.resolve(), second.resolve()):
+            raise OSError(f"--out {out}: is one of the two that are joined; give another folder")
+        make_folder(out)
         save_profile(merge(_load(first), _load(second)), out)
     typer.echo(f"wrote {out}")
 
