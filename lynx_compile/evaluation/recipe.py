@@ -72,7 +72,7 @@ def _train(ground: Ground, rank: int) -> tuple[dict[str, Branch], float]:
             report_every=max(s.recipe_steps // CHECKS, 1),
         )
     seconds = ground.recording.seconds + clock.seconds - watched.seconds
-    races = []
+    races: list[dict[str, Any]] = []
     for prompts, made in closed.items():
         aim = mean(output_errors(model, checks, made.branches))
         races.append({"prompts": prompts, "seconds": round(made.seconds, 3), "error": aim})

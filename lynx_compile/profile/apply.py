@@ -144,7 +144,7 @@ class _Shared:
         if tensor is None:
             return None
         if id(tensor) not in self._seen:
-            content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
             key = tuple(tensor.shape), tensor.dtype, hashlib.sha256(content).digest()
             self._seen[id(tensor)] = self._known.setdefault(key, tensor)
         return self._seen[id(tensor)]
