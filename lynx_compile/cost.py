@@ -185,11 +185,11 @@ def refit(bench: dict[str, Any]) -> tuple[Path, CostModel]:
     name = bench.get("device", "")
     key = device_key(name)
     if key is None:
-        missing = [field for field in _GIVEN if not bench.get(field)]
-        if not name or missing:
+        missing = [field for field in ("device", *_GIVEN) if not bench.get(field)]
+        if missing:
             raise ValueError(
-                f"no cost table for device {name!r} yet, and the bench result lacks "
-                f"{', '.join(missing) or 'its device'}; run `rt-lynx bench gemm --json` on it again"
+                f"no cost table for device {name!r} yet, and the bench result lacks {', '.join(missing)}; "
+                "run `rt-lynx bench gemm --json` on it again"
             )
         key = "".join(c for c in name.lower().removeprefix("nvidia ") if c.isalnum())
         table = {"schema": SCHEMA, "device": name, "names": [name], **{f: bench[f] for f in _GIVEN}}

@@ -247,6 +247,8 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except ValueError as error:  # also what is no text
         raise ValueError(f"{path}: is not valid JSON ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give a JSON file") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, not a JSON object")
     return found

@@ -176,6 +176,8 @@ def test_command_line(tiny_folder, tmp_path):
         (["flux", "--resolution", "big"], "'big'"),
         (["flux", "--resolution", "1000"], "multiples of 16"),
         (["flux", "--device", "h300"], "h300"),
+        (["flux", "--coverage", "/"], "--coverage /: is a folder; give a file"),
+        (["--fit", "missing.json"], "missing.json: No such file or directory; give a JSON file"),
         (["/"], "no transformer/config.json"),
     ],
 )

@@ -79,8 +79,10 @@ def _explain(
     from rich.console import Console
 
     from ..explanation import explain as explain_model
+    from ..inputs import check_file
     from ..models import resolve
 
+    check_file(coverage, "--coverage")
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
