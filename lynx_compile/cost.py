@@ -4,14 +4,14 @@ With M tokens, N output channels, K input channels and a LoRA branch of rank R (
 
     t_dense(M, N, K)     = Max(c0 + c1·waves·K + c2·M·N·K + c3·bytes,          bytes / copy)
     t_gemm(M, N, K, R)   = the same with K + 2·R for K: a dense wgmma step costs two sparse ones
-    t_sparsify(M, K, R)  = Max(c0 + c1·bytes + c2·M·K·R,                       bytes / copy)
+    t_sparsify(M, K, R)  = Max(c0 + c1·bytes + c2·M·K·R + c3·K·R,              bytes / copy)
 
 `waves` is the number of rounds in which the chip works off the 128 × 256 output tiles (latency: an idle
-multiprocessor still waits), M·N·K the energy that a power-bound chip pays, `bytes` what moves to and from
-memory, `copy` the measured copy bandwidth. The coefficients are non-negative and minimise the relative error
-over the rows measured on the device; the rows are data (`lynx_compile/data/<device>.json`, written from
-`rt-lynx bench gemm --json`), nothing is fitted by hand. A device without sparsify rows gets the floor: its
-bytes at copy bandwidth.
+multiprocessor still waits), M·N·K the energy that a power-bound chip pays, K·R what a block spends on the
+branch's whole weight however few its rows are, `bytes` what moves to and from memory, `copy` the measured
+copy bandwidth. The coefficients are non-negative and minimise the relative error over the rows measured on
+the device; the rows are data (`lynx_compile/data/<device>.json`, written from `rt-lynx bench gemm --json`),
+nothing is fitted by hand. A device without sparsify rows gets the floor: its bytes at copy bandwidth.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def fit(device: str, table: dict[str, Any]) -> CostModel:
         table["gemm"], (M, N, K, R), [one, waves * steps, M * N * steps, gemm_bytes], gemm_bytes / copy
     )
     sparsify, sparsify_error = _fit(
-        table["sparsify"], (M, K, R), [one, sparsify_bytes, M * K * R], sparsify_bytes / copy
+        table["sparsify"], (M, K, R), [one, sparsify_bytes, M * K * R, K * R], sparsify_bytes / copy
     )
     return CostModel(
         device, dense, sparsify, gemm, {"dense": dense_error, "sparsify": sparsify_error, "gemm": gemm_error}
