@@ -21,7 +21,7 @@ from lynx_compile.profile import Branch, Profile, save_profile
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "docs" / "results" / "quality_emoji.json"
-CHOICE = "shift + deflation r128 + SL end to end, 85%"
+CHOICE = "closed form + shift + SL end to end, 85%"
 TEXT_TOKENS = 32
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "profile")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
 
