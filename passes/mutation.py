@@ -80,9 +80,6 @@ class Mutations:
         for node, written in writes:
             self._writes.setdefault(self._root(written), []).append(self._position[node])
 
-    def __bool__(self) -> bool:
-        return bool(self._writes)
-
     def between(self, tensor: Any, first: fx.Node, second: fx.Node) -> bool:
         """Whether `tensor` may be written to after one of the two nodes has run and before the other has."""
         if not self._writes or tensor not in self._position:

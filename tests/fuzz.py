@@ -17,7 +17,8 @@ import traceback
 import torch
 
 from lynx_compile import passes
-from tests.strategies import check, random_graph
+from tests.agreement import check
+from tests.strategies import random_graph
 
 
 def check_seed(seed: int) -> None:

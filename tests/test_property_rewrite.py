@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from lynx_compile import passes
 
-from .strategies import check, random_graph, rewritten, run
+from .agreement import check, rewritten, run
+from .strategies import random_graph
 
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
