@@ -116,13 +116,11 @@ def compilation(result: Result) -> list[str]:
 
 
 def shapes(result: Result) -> list[str]:
-    """Resolutions and batches on graphs that were compiled once."""
-    lines = _head(
-        ["model", "pixels", "batch", "backend", "graphs so far", "step, ms", "host, ms", "vs Inductor"]
-    )
-    for row in sorted(result["rows"], key=lambda row: (row["model"], row["resolution"], row["batch"])):
-        cells = [row["model"], str(row["resolution"]), str(row["batch"]), row["backend"], str(row["graphs"])]
-        cells += [f"{row['step_ms']:.1f}", f"{row['host_ms']:.1f}", f"**{row['speedup_vs_inductor']:.2f}×**"]
+    """Resolutions and batches on graphs that were compiled once, in the order they came."""
+    lines = _head(["model", "pixels", "batch", "backend", "sparse FLOPs", "graphs so far", "peak, GiB"])
+    for row in result["rows"]:
+        cells = [row["model"], str(row["resolution"]), str(row["batch"]), row["backend"]]
+        cells += [f"{row['sparse_flops_share']:.0%}", str(row["graphs"]), f"{row['peak_gib']:.2f}"]
         lines.append(_line(cells))
     return [*lines, "", _source(result, "")]
 
@@ -230,13 +228,16 @@ def levers(result: Result) -> list[str]:
 
 def levers_besides(result: Result) -> list[str]:
     """What study scripts measured with the same forwards, on other prompts than the command's."""
-    lines = _head(["lever", "sparse", "PSNR, dB", "error (95%)", "prompts"])
+    lines = _head(["lever", "sparse", "branch", "PSNR, dB", "error (95%)"])
     study = result["studies"]["besides"]
     for row in study["rows"]:
-        cells = [f"{row['sparse_flops_share']:.1%}", f"{row['psnr_db']:.1f}"]
-        cells += [_interval(row, "latent_rel_err", 3), str(row["prompts"])]
+        added = row["branch_flops_share"]
+        share = row["sparse_flops_share"]
+        cells = [f"{share:.1%}" if share else "–", "–" if added is None else f"{added:.0%}"]
+        cells += [f"{row['psnr_db']:.1f}", _interval(row, "latent_rel_err", 3)]
         lines.append(_line([row["method"], *cells]))
-    return [*lines, "", _source({**study, "device": result["device"]}, "")]
+    note = "128 held-out prompts, 20 steps; branch: its FLOPs over all linear FLOPs"
+    return [*lines, "", _source({**study, "device": result["device"]}, note)]
 
 
 def distillation(result: Result) -> list[str]:
@@ -253,7 +254,7 @@ def quality_race(result: Result) -> list[str]:
     lines = _head(
         [
             "rank",
-            "prompts",
+            "prompts × steps",
             "closed form, s",
             "its error",
             "training to within 5%, s",
@@ -267,9 +268,14 @@ def quality_race(result: Result) -> list[str]:
         for closed in race["closed_form"]:
             met = [closed["training_to_within"][slack] for slack in ("5%", "1%", "0%")]
             times = ["never" if at is None else f"{at['seconds']:.1f} (step {at['step']})" for at in met]
-            cells = [str(closed["prompts"]), f"{closed['seconds']:.2f}", f"{closed['error']:.4f}", *times]
+            size = f"{closed['prompts']} × {closed['steps']}"
+            cells = [size, f"{closed['seconds']:.2f}", f"{closed['error']:.4f}", *times]
             lines.append(_line([rank, *cells, f"{error:.4f} ({step} steps, {seconds:.1f} s)"]))
-    return [*lines, "", _source(result, "mean over layers of the relative output error, validation prompts")]
+    notes = [
+        race["note"] for race in result["studies"]["recipe_against_closed_form"].values() if "note" in race
+    ]
+    what = "mean over layers of the relative output error, validation prompts"
+    return [*lines, "", _source(result, "; ".join([what, *notes]))]
 
 
 def quality_classes(result: Result) -> list[str]:
@@ -300,6 +306,8 @@ def quality_steps(result: Result) -> list[str]:
 def _interval(row: Mapping[str, Any], key: str, digits: int) -> str:
     if row[key] is None:
         return "–"
+    if row[f"{key}_ci"] is None:
+        return f"{row[key]:.{digits}f}"
     low, high = row[f"{key}_ci"]
     return f"{row[key]:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 

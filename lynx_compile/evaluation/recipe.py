@@ -75,7 +75,8 @@ def _train(ground: Ground, rank: int) -> tuple[dict[str, Branch], float]:
     races: list[dict[str, Any]] = []
     for prompts, made in closed.items():
         aim = mean(output_errors(model, checks, made.branches))
-        races.append({"prompts": prompts, "seconds": round(made.seconds, 3), "error": aim})
+        size = {"prompts": prompts, "steps": s.calibration_steps}
+        races.append({**size, "seconds": round(made.seconds, 3), "error": aim})
         races[-1]["training_to_within"] = reached(aim, history)
         ground.log(f"paper's recipe r{rank}: {seconds:.1f} s; closed form {races[-1]}")
     ground.studies.setdefault("recipe_against_closed_form", {})[f"r{rank}"] = {
