@@ -94,6 +94,20 @@ def steps(result: Result) -> list[str]:
     return [*lines, "", _source(result, f"ms, {_points(result)}")]
 
 
+def steps_by_model(result: Result) -> list[str]:
+    """The step of each backend, a column a model, with its speed-up over Inductor."""
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    lines = _head(["backend", *models])
+    for backend in dict.fromkeys(row["backend"] for row in result["rows"]):
+        found = {row["model"]: row for row in result["rows"] if row["backend"] == backend}
+        cells = [
+            f"{found[m]['step_ms']:.1f} (**{found[m]['speedup_vs_inductor']:.2f}×**)" if m in found else "–"
+            for m in models
+        ]
+        lines.append(_line([f"`{backend}`", *cells]))
+    return [*lines, "", _source(result, f"ms, {_points(result)}")]
+
+
 def memory(result: Result) -> list[str]:
     """Kernel launches and peak memory of a step beside Inductor's."""
     lines = _head(["model", "backend", "LoRA rank", "launches", "peak, GiB", "over dense"])
@@ -326,6 +340,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "gemm-rates": ("gemm_h200.json", rates),
     "coverage": ("coverage.json", coverage),
     "steps": ("step_h200.json", steps),
+    "steps-by-model": ("step_h200.json", steps_by_model),
     "memory": ("step_h200.json", memory),
     "compilation": ("step_h200.json", compilation),
     "floor": ("step_h200.json", floor),
