@@ -122,7 +122,7 @@ def compilation(result: Result) -> list[str]:
     """Graphs and seconds of compilation with empty caches beside Inductor's."""
     lines = _head(["model", "backend", "graphs", "compile, s", "of Inductor's"])
     for row, dense in _beside(result, "inductor"):
-        if row["compile_s"] is not None and dense["compile_s"]:
+        if row["compile_s"] is not None and dense["compile_s"] and row["graphs"]:
             cells = [str(row["graphs"]), f"{row['compile_s']:.1f}"]
             cells.append(f"**{row['compile_s'] / dense['compile_s']:.2f}×**")
             lines.append(_line([row["model"], row["backend"], *cells]))
