@@ -1,16 +1,21 @@
 """Living with what users do to a diffusers transformer: LoRA, offloading, caching, shapes, casts."""
 
+import inspect
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import group_offloading
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lynx_compile
+from lynx_compile.bench.backends import attach_random_branches
 from tests import zoo
 from tests.zoo.reference import OPTIONS, Recorded, SparseLinears, assert_close, call
 
@@ -146,6 +151,67 @@ def offload_blocks(model):
 def offload_leaves(model):
     cpu = torch.device("cpu")
     model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+class Stream:
+    """Of copies that nobody has waited for yet: the tensors they go to, by id."""
+
+    def __init__(self):
+        self.on_their_way = {}
+
+    def synchronize(self):
+        self.on_their_way.clear()
+
+
+def test_layers_fetched_ahead_read_nothing_that_is_on_its_way(monkeypatch):
+    """Leaf by leaf, as diffusers does it on a GPU: the next layer comes on a stream of its own."""
+    stream, early = Stream(), []
+    backend = SimpleNamespace(
+        Stream=lambda: stream, stream=lambda s: nullcontext(), current_stream=lambda: Stream(), type="cpu"
+    )
+    monkeypatch.setattr(group_offloading, "TorchDeviceBackend", lambda device: backend)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    fetch, before = (
+        group_offloading.ModuleGroup._onload_from_memory,
+        group_offloading.GroupOffloadingHook.pre_forward,
+    )
+
+    def fetched(group):
+        fetch(group)
+        if group.non_blocking:
+            for module in group.modules:
+                stream.on_their_way |= {id(t): t for t in (*module.parameters(), *module.buffers())}
+
+    @torch._dynamo.disable
+    def look(module):
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        early.extend(type(module).__name__ for t in own if id(t) in stream.on_their_way)
+
+    def looked(hook, module, *args, **kwargs):
+        ready = before(hook, module, *args, **kwargs)
+        look(module)
+        return ready
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "_onload_from_memory", fetched)
+    monkeypatch.setattr(group_offloading.GroupOffloadingHook, "pre_forward", looked)
+    source = inspect.getsource(group_offloading.apply_group_offloading)
+    on_cpu = dict(vars(group_offloading))
+    exec(source.replace('onload_device.type == "cpu" or ', ""), on_cpu)
+
+    model, inputs = one_block_of_each(torch.float32)
+    attach_random_branches(model, 16, inputs)
+    shared = model.transformer_blocks[0].attn
+    assert shared.to_q.lynx_down is shared.to_k.lynx_down
+    on_cpu["apply_group_offloading"](
+        model, onload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True
+    )
+    lynx_compile.compile_blocks(model, **{**OPTIONS, "only": ["*transformer_blocks.*"]})
+    assert shared.to_q.lynx_down is not shared.to_k.lynx_down
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000):
+        pictures = [model(**inputs)[0] for _ in range(2)]  # fetched ahead in the second
+    assert early == []
+    torch.testing.assert_close(*pictures)
 
 
 @pytest.mark.parametrize("offload", [offload_blocks, offload_leaves])
