@@ -64,6 +64,8 @@ class LynxLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x · Wᵀ + b, exactly; the rt_lynx backend replaces it by the sparse layer."""
+        if _offloaded_alone(self):
+            _take_own_tensors(self)
         # Dynamo guards on the switch: one graph for each of its states. A plain linear would not say "dense".
         dense_now = self.lynx_switch is not None and self.lynx_switch.dense
         return marked_linear(
@@ -126,6 +128,7 @@ def attach(
         raise ValueError(f"dense_tokens={dense_tokens} is negative; it counts leading tokens of a sample")
     _become(module, LynxLinear)
     assert isinstance(module, LynxLinear)
+    module.__dict__.pop("_lynx_hook", None)
     weight = module.weight.detach()
     data: dict[str, Any] = {"lynx_down": down, "lynx_up": up, "lynx_shift": shift, "lynx_score": score}
     for name, given in data.items():
@@ -144,6 +147,7 @@ def detach(module: nn.Module) -> nn.Module:
     if isinstance(module, LynxLinear):
         for name in (*_BUFFERS, *_ATTRIBUTES):
             delattr(module, name)
+        module.__dict__.pop("_lynx_hook", None)
         _become(module, nn.Linear)
     return module
 
@@ -175,6 +179,30 @@ def _one_copy(given: Tensor, copy: Tensor) -> Tensor:
             return other
     _copies[given] = [(then, weakref.ref(other)) for then, other in (*known, (given._version, copy))]
     return copy
+
+
+def _offloaded_alone(module: nn.Module) -> bool:
+    """Whether diffusers offloads this layer by itself and it may still share tensors with others."""
+    hooks = getattr(module, "_diffusers_hook", None)
+    hook = None if hooks is None else hooks.get_hook("group_offloading")
+    return hook is not None and getattr(module, "_lynx_hook", None) is not hook
+
+
+@torch.compiler.disable
+def _take_own_tensors(module: nn.Module) -> None:
+    """Tensors of its own, for a layer that diffusers offloads by itself, in place of what it shares.
+
+    diffusers fetches each layer's tensors while the layer before still computes. Of a tensor that both hold,
+    the copy in use would be replaced by one that is still on its way. The first step, in which this runs,
+    fetches nothing ahead. Layers with tensors of their own have a sparsify of their own.
+    """
+    hook = vars(module)["_diffusers_hook"].get_hook("group_offloading")
+    kept = hook.group.cpu_param_dict  # tensor → it in the host's memory; empty unless fetched ahead
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer in kept:
+            module._buffers[name] = own = buffer.detach()
+            kept[own] = kept.pop(buffer)
+    module._lynx_hook = hook
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -49,7 +49,6 @@ def compile_blocks(
         wanted = f"no block of class {', '.join(names)}" if names else "no `_repeated_blocks`"
         raise ValueError(f"{type(model).__name__} has {wanted}; name the classes with blocks=[...]")
     _decide_by_name(model, settings.skip, settings.only)
-    _give_offloaded_layers_their_own(model)
     rest = {name: value for name, value in options.items() if name not in ("skip", "only")}
     compiled: dict[Hashable, Any] = {}
     for block in found.values():
@@ -60,28 +59,6 @@ def compile_blocks(
     if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
         _mark_steps(model)
     return len(compiled)
-
-
-def _give_offloaded_layers_their_own(model: nn.Module) -> None:
-    """Layers that diffusers offloads one by one stop sharing tensors, and with them their sparsify.
-
-    It fetches each layer's tensors while the layer before still computes. Of a tensor that both hold, the
-    copy in use would be replaced by one that is still on its way.
-    """
-    taken: set[int] = set()
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = registry.get_hook("group_offloading") if registry is not None else None
-        if hook is None or not isinstance(module, LynxLinear):
-            continue
-        kept = hook.group.cpu_param_dict  # tensor → it in the host's memory; empty unless fetched ahead
-        for name, buffer in module._buffers.items():
-            if buffer is None or buffer not in kept:
-                continue
-            if id(buffer) in taken:
-                module._buffers[name] = own = buffer.detach()
-                kept[own] = kept.pop(buffer)
-            taken.add(id(buffer))
 
 
 def _mark_steps(model: nn.Module) -> None:

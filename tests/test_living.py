@@ -163,7 +163,8 @@ class Stream:
         self.on_their_way.clear()
 
 
-def test_layers_fetched_ahead_read_nothing_that_is_on_its_way(monkeypatch):
+@pytest.mark.parametrize("whole", [False, True], ids=["by block", "whole"])
+def test_layers_fetched_ahead_read_nothing_that_is_on_its_way(monkeypatch, whole):
     """Leaf by leaf, as diffusers does it on a GPU: the next layer comes on a stream of its own."""
     stream, early = Stream(), []
     backend = SimpleNamespace(
@@ -206,12 +207,17 @@ def test_layers_fetched_ahead_read_nothing_that_is_on_its_way(monkeypatch):
     on_cpu["apply_group_offloading"](
         model, onload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True
     )
-    lynx_compile.compile_blocks(model, **{**OPTIONS, "only": ["*transformer_blocks.*"]})
-    assert shared.to_q.lynx_down is not shared.to_k.lynx_down
+    options = {**OPTIONS, "only": ["*transformer_blocks.*"]}
+    if whole:
+        model.compile(backend="rt_lynx", options=options)
+    else:
+        lynx_compile.compile_blocks(model, **options)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000):
-        pictures = [model(**inputs)[0] for _ in range(2)]  # fetched ahead in the second
+        pictures = [model(**inputs)[0] for _ in range(3)]  # fetched ahead from the second on
     assert early == []
-    torch.testing.assert_close(*pictures)
+    assert shared.to_q.lynx_down is not shared.to_k.lynx_down
+    for later in pictures[1:]:
+        torch.testing.assert_close(later, pictures[0])
 
 
 @pytest.mark.parametrize("offload", [offload_blocks, offload_leaves])
