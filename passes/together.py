@@ -5,8 +5,9 @@
     v = sparse_linear(*s, U, bias=d)
 
 As good as one wide weight, without a second copy of it: no part of the chip waits at the end of each layer.
-A layer that needs something else first (a gate, a residual, what stands beside it) runs where it did. Runs
-last.
+A layer that needs something else first (a gate, a residual, what stands beside it) runs where it did. No more
+at once than one launch takes: what else reads X, of another block perhaps, would only hold its output early.
+Runs last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from torch import fx
 
 from ..runtime import ops
+from ..runtime.gemm_sm90 import LAYERS
 from .graph import CASTS, getitem, insert, kind, order, replace
 from .mutation import Mutations, is_fresh, remove_dead
 from .site import META, Site, sites_of
@@ -31,11 +33,17 @@ def run_together(graph: fx.Graph) -> int:
     for sparsify in [node for node in graph.nodes if node.target is ops.sparsify]:
         position = order(graph)
         layers = sorted(sites_of(sparsify), key=lambda site: position[site.y])
-        plain = [site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, "activation"}]
-        group = plain[:1] + [site for site in plain[1:] if _moves(site, plain[0].y, position, mutations)]
-        if len(group) > 1:
-            _rewrite(group, mutations)
-            count += len(group)
+        waiting = [site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, "activation"}]
+        while len(waiting) > 1:
+            group, waiting = waiting[:1], waiting[1:]
+            for site in list(waiting):
+                if len(group) < LAYERS and _moves(site, group[0].y, position, mutations):
+                    group.append(site)
+                    waiting.remove(site)
+            if len(group) > 1:
+                _rewrite(group, mutations)
+                count += len(group)
+                position = order(graph)
     if count:
         remove_dead(graph)
     return count

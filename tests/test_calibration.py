@@ -271,7 +271,15 @@ def test_memory_budget_must_hold_one_input() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": -1}, {"rank": 2.5}, {"total_rank": -3}, {"steps": 0}, {"dense_tokens": {"*": -1}}]
+    "options",
+    [
+        {"rank": -1},
+        {"rank": 257},
+        {"rank": 2.5},
+        {"total_rank": -3},
+        {"steps": 0},
+        {"dense_tokens": {"*": -1}},
+    ],
 )
 def test_counts_are_checked_before_anything_runs(options: dict[str, Any]) -> None:
     workload = make_workload()

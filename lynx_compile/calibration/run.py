@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..profile import Branch, Layer, Profile, fingerprint
 from ..profile.format import UNDECIDED
+from ..runtime.sparsify_kernel import MAX_DEFLATED
 from .collect import Collector
 from .solve import (
     Branches,
@@ -69,6 +70,10 @@ def calibrate(
     for what, given, least in (("rank", rank, 0), ("total_rank", total_rank, 0), ("steps", steps, 1)):
         if given is not None and (not isinstance(given, int) or given < least):
             raise ValueError(f"{what}={given!r} is no whole number from {least} on")
+    if deflate and rank > MAX_DEFLATED:
+        raise ValueError(
+            f"rank={rank}: deflation takes at most {MAX_DEFLATED} directions; or give deflate=False"
+        )
     for glob, tokens in (dense_tokens or {}).items():
         if tokens < 0:
             raise ValueError(f"dense_tokens[{glob!r}] = {tokens} is negative; it counts leading tokens")
@@ -79,6 +84,7 @@ def calibrate(
         if fnmatchcase(name, pattern)
     }
     most = rank if total_rank is None else 4 * rank
+    most = min(most, MAX_DEFLATED) if deflate else most
     folder = None if state is None else Path(state)
     purpose = f"rank {most}, {'deflated' if deflate else 'shared' if shared else 'separate'}"
     collector = Collector(workload, compensation, shift, text, memory, folder, quiet, purpose)

@@ -33,6 +33,21 @@ def test_layers_of_one_input():
     assert names_of(gm) == ["q k v"]
 
 
+def test_no_more_at_once_than_a_launch_takes():
+    names = "abcdef"
+    gm = check_fusion(
+        function(
+            lambda m, x: tuple(getattr(m, name)(x) for name in names), **{name: layer() for name in names}
+        ),
+        [X],
+        run_together,
+        {"sparsify:identity": 1, "sparse_linear": 6},
+        {"sparsify:identity": 1, "sparse_linear": 0, "sparse_linears": 2},
+        6,
+    )
+    assert names_of(gm) == ["a b c d", "e f"]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_branches(shared):
     down = torch.randn(16, 64, generator=G)
