@@ -153,7 +153,7 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
     readers = real_users(site.out)
     if len(readers) != 1 or len(site.out.users) != 1 or kind(readers[0]) != "cat":
         return False
-    if any(layer.note.min_tokens > 1 for layer in sites_of(site.sparsify)):
+    if _some_choose(site):
         return False  # the op that chooses writes whole outputs
     cat, out = readers[0], tensor(site.out)
     parts = arg(cat, "tensors")
@@ -210,5 +210,9 @@ def _alike(operand: Tensor, out: Tensor) -> bool:
 
 def _siblings_choose(site: Site) -> bool:
     """Layers of one X that choose together at run time cannot wait for each other's output."""
-    layers = sites_of(site.sparsify)
-    return len(layers) > 1 and any(layer.note.min_tokens > 1 for layer in layers)
+    return len(sites_of(site.sparsify)) > 1 and _some_choose(site)
+
+
+def _some_choose(site: Site) -> bool:
+    """Whether a layer of this X runs dense or sparse as the number of tokens turns out."""
+    return any(layer.note.min_tokens > 1 for layer in sites_of(site.sparsify))

@@ -14,6 +14,7 @@ from . import (
     gemm_mma,
     gemm_sm90,
     kernels,
+    launch,
     operands,
     ops,
     residual_norm,
@@ -143,7 +144,7 @@ def _rotary_units(
             e is None or e >= 0,  # dynamic=True makes a symbol of a number that is a module's attribute
             None if w is None else w.dtype,
             pair,
-            rotary_kernel.overlaps(size.device),
+            launch.overlaps(size.device),
         )
         for w, e in zip(weights, eps, strict=True)
     }
@@ -155,5 +156,5 @@ def _residual_norm_units(x: Tensor | None, weight: Tensor | None, mult: Tensor |
     if size is None:
         return []
     types = (None if vector is None else vector.dtype for vector in (weight, mult))
-    overlap = rotary_kernel.overlaps(size.device)
+    overlap = launch.overlaps(size.device)
     return [residual_norm_kernel.kernel(size.dtype, size.k, *types, overlap).unit(size.arch)]

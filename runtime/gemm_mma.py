@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Launch, pointers
-from .launch import Grid, Kernel
+from .launch import Grid, Kernel, overlaps
 from .operands import Layer, samples
 from .semantics import ACTIVATIONS
 
@@ -47,7 +47,7 @@ def kernel_for(
     bias_rows: int | None = None,
 ) -> Kernel:
     """The kernel `sparse_gemm` launches: sizes, gates and residuals are arguments of one kernel."""
-    return kernel(dtype, activation, _overlaps(device))
+    return kernel(dtype, activation, overlaps(device))
 
 
 def prepare(
@@ -93,7 +93,7 @@ def _pack(
     m, half = values.shape
     n = layer.weight.shape[0]
     up, bias, gate, residual = layer.lora_up, layer.bias, layer.gate, layer.residual
-    variant = kernel(values.dtype, layer.activation, _overlaps(values.get_device()))
+    variant = kernel(values.dtype, layer.activation, overlaps(values.get_device()))
     packed = variant.pack(
         values.data_ptr(),
         metadata.data_ptr(),
@@ -120,8 +120,3 @@ def _pack(
 def sparse_gemm(*operands: Any, **options: Any) -> Tensor:
     """y (M, N): `prepare` and run."""
     return prepare(*operands, **options).run()[0]
-
-
-@functools.cache
-def _overlaps(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)

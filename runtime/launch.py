@@ -193,6 +193,12 @@ def tensor_map(
 
 
 @functools.cache
+def overlaps(device: int) -> bool:
+    """Whether kernels of a device may start while the one in front still runs."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def multiprocessors(device: int) -> int:
     """Number of multiprocessors of a device: what a persistent grid fills."""
     return torch.cuda.get_device_properties(device).multi_processor_count

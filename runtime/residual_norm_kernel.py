@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Launch, pointers
-from .launch import Kernel
+from .launch import Kernel, overlaps
 from .residual_norm import CHANNELS
-from .rotary_kernel import overlaps
 
 SOURCE = "residual_norm.cu"
 ALIGNMENT = 16  # bytes a lane loads at once

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, Launch
-from .launch import Kernel, multiprocessors
+from .launch import Kernel, multiprocessors, overlaps
 from .rotary import CHANNELS
 
 SOURCE = "rotary.cu"
@@ -180,9 +180,3 @@ def _check(
                 f"rotary: {name} is {tensor.dtype} on {tensor.device}; it needs "
                 f"{' or '.join(map(str, dtypes))} on cuda:{device}"
             )
-
-
-@functools.cache
-def overlaps(device: int) -> bool:
-    """Whether kernels of a device may start while the one in front still runs."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)

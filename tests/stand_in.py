@@ -2,10 +2,12 @@
 
 import ctypes
 import threading
+import types
 
 import torch
+from torch._C._dynamo import guards
 
-from lynx_compile.runtime import kernels
+from lynx_compile.runtime import calls, gemm_mma, gemm_sm90, kernels, launch, sparsify_kernel
 
 M, N, K, RANK = 96, 32, 128, 16
 
@@ -61,3 +63,34 @@ def parameters(launched):
 
 def pointers(*tensors):
     return [tensor.data_ptr() for tensor in tensors]
+
+
+def pretend(patch, driver, *, multiprocessors=132, empty=guards._empty_strided_cpu):
+    """A GPU like an H200 whose launches `driver` takes, on CPU tensors: device -1 instead of 0.
+
+    empty: makes outputs. `forget` undoes what `patch` does not.
+    """
+    properties = types.SimpleNamespace(
+        shared_memory_per_multiprocessor=233472, major=9, multi_processor_count=multiprocessors
+    )
+    patch.setattr(launch, "_driver", driver)
+    patch.setattr(launch.Kernel, "_load", lambda self, device: (self, self._layout.size))
+    patch.setattr(launch, "_make_context_current", lambda device: None)
+    patch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    patch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    patch.setattr(calls, "_empty_strided", empty)
+    patch.setattr(calls, "empty", empty)
+    patch.setattr(sparsify_kernel, "DEVICE_TYPE", "cpu")
+    forget()
+
+
+def forget():
+    """What was planned, loaded or asked for on another device."""
+    for cached in (
+        *(sparsify_kernel.plan, sparsify_kernel._kernel, gemm_sm90.kernel, gemm_mma.kernel),
+        *(launch.overlaps, launch.multiprocessors),
+    ):
+        cached.cache_clear()

@@ -14,7 +14,6 @@ import shutil
 import struct
 import subprocess
 import tempfile
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ from typing import Any
 import torch
 from torch._C._dynamo import guards
 
-from lynx_compile.runtime import build, calls, gemm_sm90, launch, sparsify_kernel
+from lynx_compile.runtime import build, gemm_sm90
 from lynx_compile.runtime.launch import Kernel
+
+from ..stand_in import pretend
 
 HERE = Path(__file__).parent
 SHARED = "extern __shared__ __align__(1024) unsigned char shared[];"
@@ -153,25 +154,5 @@ def poisoned(shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def install(patch: Any, emulator: Emulator, multiprocessors: int = 132) -> None:
     """A GPU like an H200 whose launches `emulator` runs on CPU tensors, for as long as `patch` holds."""
-    properties = types.SimpleNamespace(
-        shared_memory_per_multiprocessor=233472, major=9, multi_processor_count=multiprocessors
-    )
-    patch.setattr(launch, "_driver", emulator)
-    patch.setattr(launch.Kernel, "_load", lambda self, device: (self, self._layout.size))
-    patch.setattr(launch, "_make_context_current", lambda device: None)
-    patch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    patch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    patch.setattr(calls, "_empty_strided", poisoned)
-    patch.setattr(calls, "empty", poisoned)
-    patch.setattr(sparsify_kernel, "DEVICE_TYPE", "cpu")
+    pretend(patch, emulator, multiprocessors=multiprocessors, empty=poisoned)
     patch.setattr(gemm_sm90, "tensor_map", tensor_map)
-    forget()
-
-
-def forget() -> None:
-    """What was planned, loaded or asked for on another device."""
-    for cached in (sparsify_kernel.plan, sparsify_kernel._kernel, gemm_sm90.kernel, launch.multiprocessors):
-        cached.cache_clear()

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lynx_compile import passes
+from lynx_compile.layers import attach
 from lynx_compile.passes.graph import kind
 from lynx_compile.passes.site import META
 
@@ -115,3 +116,9 @@ def function(call: Callable[..., Any], **layers: Any) -> nn.Module:
     """A module that holds `layers` and whose forward is call(self, one to four tensors)."""
     inputs = len(inspect.signature(call).parameters) - 1
     return (_One, _Two, _Three, _Four)[inputs - 1](call, layers)
+
+
+def deflating() -> nn.Linear:
+    """A layer (64, 64) whose branch takes 16 directions out of X before pruning."""
+    down, up = torch.randn(16, 64) / 8, torch.randn(64, 16)
+    return attach(nn.Linear(64, 64), down=down, up=up, decision="sparse", deflated=16)

@@ -3,10 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lynx_compile.layers import attach
 from lynx_compile.passes.activation import fold_activations
 
-from .graphs import check_fusion, function
+from .graphs import check_fusion, deflating, function
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
 SPELLINGS = {
@@ -80,12 +79,5 @@ def test_a_rounding_between_two_casts_is_kept():
 
 
 def test_in_front_of_a_layer_that_deflates():
-    layer = attach(
-        nn.Linear(64, 64),
-        down=torch.randn(16, 64) / 8,
-        up=torch.randn(64, 16),
-        decision="sparse",
-        deflated=16,
-    )
     before, after = {"sparsify:identity": 1, "gelu": 1}, {"sparsify:gelu": 1, "gelu": 0}
-    check_fusion(function(lambda m, x: m.a(F.gelu(x)), a=layer), [X], fold_activations, before, after)
+    check_fusion(function(lambda m, x: m.a(F.gelu(x)), a=deflating()), [X], fold_activations, before, after)

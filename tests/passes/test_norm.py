@@ -3,10 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lynx_compile.layers import attach
 from lynx_compile.passes.norm import fold_norms
 
-from .graphs import check_fusion, function
+from .graphs import check_fusion, deflating, function
 
 G = torch.Generator().manual_seed(0)
 X, SCALE, SHIFT = (torch.randn(shape, generator=G) for shape in ((2, 5, 64), (2, 64), (2, 64)))
@@ -83,13 +82,6 @@ def test_left_alone(forward):
 
 
 def test_kept_in_front_of_a_layer_that_deflates():
-    layer = attach(
-        nn.Linear(64, 64),
-        down=torch.randn(16, 64) / 8,
-        up=torch.randn(64, 16),
-        decision="sparse",
-        deflated=16,
-    )
     unchanged = {"sparsify:identity": 1, "layer_norm": 1}
-    module = function(lambda m, x: m.q(m.norm(x)), norm=nn.LayerNorm(64), q=layer)
+    module = function(lambda m, x: m.q(m.norm(x)), norm=nn.LayerNorm(64), q=deflating())
     check_fusion(module, [X], fold_norms, unchanged, unchanged, count=0)
