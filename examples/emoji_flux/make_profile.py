@@ -21,7 +21,7 @@ from lynx_compile.profile import Branch, Profile, save_profile
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "docs" / "results" / "quality_emoji.json"
-CHOICE = "closed form + shift + SL end to end, 85%"
+CHOICE = "shift + deflation r128 + SL end to end, 85%"
 TEXT_TOKENS = 32
 
 
