@@ -26,12 +26,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..profile.branch import Branch
-from ..profile.fingerprint import linear_layers
+from ..profile.fingerprint import fingerprint, linear_layers
 from .statistics import Hooks, InputMean, Moments, Readers, moments_bytes, rows_of, spread_over
 from .workload import Workload
 
@@ -79,11 +79,22 @@ class Collector:
     def __post_init__(self) -> None:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.linears = linear_layers(self.workload.model)
-        self.names = {module: name for name, module in self.linears.items()}
+        self.fingerprint = fingerprint(self.workload.model)
+        if self.state is not None:
+            self.state.mkdir(parents=True, exist_ok=True)
 
     def run(self, solve: Solve) -> tuple[Found, dict[str, Tensor]]:
-        """Calls `solve` once for each distinct input, and returns what pass 0 found and all it kept."""
+        """Calls `solve` once for each distinct input, and returns what pass 0 found and all it kept.
+
+        Raises ValueError when no layer of the model can run sparse.
+        """
         found = self._find()
+        if not found.groups:
+            name = self.fingerprint.model
+            raise ValueError(
+                f"{name} has no linear layer that can run sparse: of {len(self.linears)}, none "
+                "is in a numbered block and reads (batch, tokens, K) with K % 64 == 0 and N % 16 == 0"
+            )
         kept: dict[str, Tensor] = {}
         parts = self._parts(found.groups)
         for number, leaders in enumerate(parts, start=1):
@@ -236,7 +247,7 @@ class Collector:
     @property
     def _key(self) -> str:
         """Names everything the state depends on: another calibration in the same folder starts afresh."""
-        model = self.workload.model
+        model = self.fingerprint
         settings = (
             self.compensation,
             self.shifted,
@@ -246,7 +257,7 @@ class Collector:
             self.world,
             self.purpose,
         )
-        return f"{type(model).__name__} {self.workload.identity} {settings}"
+        return f"{model.model} {model.structure} {model.weights} {self.workload.identity} {settings}"
 
     def _path(self, name: str) -> Path | None:
         return None if self.state is None else self.state / name
@@ -254,7 +265,10 @@ class Collector:
     def _opened(self, path: Path | None) -> Any:
         """The state file when it is there and belongs to this calibration, else a context of None."""
         if path is not None and path.is_file():
-            file = safe_open(path, framework="pt")
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError:  # damaged on disk: gathered anew
+                return _Nothing()
             if (file.metadata() or {}).get("key") == self._key:
                 return file
         return _Nothing()
@@ -266,7 +280,6 @@ class Collector:
     def _store(self, path: Path | None, tensors: dict[str, Tensor], **metadata: str) -> None:
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, {"key": self._key, **metadata})

@@ -32,13 +32,16 @@ def emulate(
     if unknown:
         raise KeyError(f"{type(model).__name__} has no linear layer {unknown[0]!r}")
     chosen = [linears[name] for name in layers]
+    before = [vars(module).get("forward") for module in chosen]  # what offloading put there
     try:
         for module, forward in zip(chosen, layers.values(), strict=True):
             module.forward = _switched(module, forward, steps or StepSwitch())  # type: ignore[method-assign,assignment]
         yield
     finally:
-        for module in chosen:
-            module.__dict__.pop("forward", None)
+        for module, replaced in zip(chosen, before, strict=True):
+            vars(module).pop("forward", None)
+            if replaced is not None:
+                vars(module)["forward"] = replaced
 
 
 def _switched(module: nn.Linear, forward: Forward, steps: StepSwitch) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..profile import Branch, Layer, Profile, fingerprint
 from ..profile.format import UNDECIDED
@@ -34,6 +34,7 @@ from .workload import Workload
 RANK = 64
 
 
+@torch.compiler.set_stance("force_eager")  # of a model compiled before, the dense layers are what counts
 def calibrate(
     workload: Workload,
     *,
@@ -63,9 +64,15 @@ def calibrate(
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
-    Raises ValueError for counts below these, before anything runs, and where `memory` cannot hold one input.
+    Raises TypeError for what is no workload, ValueError for counts below these, before anything runs, where
+    `memory` cannot hold one input, and for a model in which nothing can run sparse.
     """
     start = time.monotonic()
+    if not isinstance(getattr(workload, "model", None), nn.Module) or not hasattr(workload, "run"):
+        raise TypeError(
+            f"a {type(workload).__name__} is no workload; "
+            "give calibration.Pipeline(pipe, prompts, steps=20) or calibration.Inputs(module, inputs)"
+        )
     model = workload.model
     for what, given, least in (("rank", rank, 0), ("total_rank", total_rank, 0), ("steps", steps, 1)):
         if given is not None and (not isinstance(given, int) or given < least):

@@ -78,6 +78,8 @@ def units(names: Iterable[str], by: str) -> dict[str, list[str]]:
 class Sensitivity:
     """Perturbation runs over a workload's batches. Dense references are made once, on first use.
 
+    Everything runs eagerly, also where the model was compiled: the dense layers are what counts.
+
     calls: how many of a run's model calls are recorded for the velocity, spread evenly; None for all of them.
     """
 
@@ -89,6 +91,7 @@ class Sensitivity:
     _seconds: float = 0.0
     calls_per_run: int = 0
 
+    @torch.compiler.set_stance("force_eager")
     def samples(self) -> list[Tensor]:
         """The dense model's final samples, batch by batch; records the calls on the way."""
         if self._samples:
@@ -117,6 +120,7 @@ class Sensitivity:
         args, kwargs, _ = self._recorded[0][0]
         return args, kwargs
 
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def velocity(self, layers: Mapping[str, Forward]) -> Effect:
         """The effect on the recorded calls alone."""
@@ -145,6 +149,7 @@ class Sensitivity:
         """The effect on the final sample; sparse_steps(call) says which calls of a run are perturbed."""
         return float(self.deviation(layers, sparse_steps).float().norm())
 
+    @torch.compiler.set_stance("force_eager")
     def deviation(
         self, layers: Mapping[str, Forward], sparse_steps: Callable[[int], bool] | None = None
     ) -> Tensor:
@@ -197,6 +202,7 @@ class Sensitivity:
             for n in counts
         }
 
+    @torch.compiler.set_stance("force_eager")
     def estimate_s(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> float:
         """Seconds `measure` will take, from one dense run and one perturbed call, both measured now."""
         args, kwargs = self.first_call()

@@ -114,7 +114,7 @@ def lora_branches(
     ridge: added to G's diagonal, relative to it; errors are those with its penalty in them, a little above
     those on the tokens seen. Raises ValueError when no tokens were seen or the statistics are not finite.
     """
-    _check(moments)
+    _check(moments, next(iter(weights)))
     gram, cross, error = moments.gram.double(), moments.cross.double(), moments.error.double()
     lower = torch.linalg.cholesky(_ridged(gram, ridge))
     pruned_outputs, sums = {}, {}  # P (K, N) and (‖E‖², ‖XWᵀ‖²) of each layer
@@ -142,7 +142,7 @@ def deflations(
 
     Raises ValueError when no tokens were seen or the statistics are not finite.
     """
-    _check(moments)
+    _check(moments, next(iter(weights)))
     values, vectors = torch.linalg.eigh(moments.gram.double())
     rank = min(max_rank, len(values))
     energies = values.flip(-1).clamp_min(0)
@@ -158,12 +158,12 @@ def deflations(
     return found
 
 
-def _check(moments: Moments) -> None:
+def _check(moments: Moments, name: str) -> None:
     if moments.rows == 0:
-        raise ValueError("the layer saw no tokens; run at least one batch through it")
+        raise ValueError(f"{name} saw no tokens; run at least one batch through it")
     if not bool(torch.isfinite(moments.gram).all() and torch.isfinite(moments.cross).all()):
         raise ValueError(
-            "the layer's inputs hold NaN or Inf; calibrate in bf16 or fp32, or leave the layer dense"
+            f"the inputs of {name} hold NaN or Inf; calibrate in bf16 or fp32, or leave the layer dense"
         )
 
 
