@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import sympy
 
+from .files import write_whole
+
 SCHEMA = 1
 TILE_M, TILE_N = 128, 256
 ELEMENT = 2  # bytes of bf16 and fp16
@@ -198,7 +200,7 @@ def refit(bench: dict[str, Any]) -> tuple[Path, CostModel]:
     table = table_from_bench(bench, table)
     costs = fit(key, table)
     path = Path(str(resources.files("lynx_compile").joinpath("data"))) / f"{key}.json"
-    path.write_text(_dump(table))
+    write_whole(path, _dump(table).encode())
     for cached in (_table, model, break_even_tokens):
         cached.cache_clear()
     return path, costs

@@ -230,7 +230,7 @@ def resolve(model: str) -> Resolved:
     for candidate in (path, path / "transformer" / "config.json", path / "config.json"):
         if candidate.is_file():
             return _from_config(model, read_object(candidate))
-    if path.exists():
+    if model and path.exists():
         raise ValueError(f"{model}: no transformer/config.json and no config.json in this folder")
     if "/" not in model:
         near = difflib.get_close_matches(model, KNOWN, n=1)

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from .files import write_whole
+
 
 def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], **details: Any) -> dict[str, Any]:
     """Write {device, command, commit, …details, rows} as JSON; returns it.
 
-    The folder is made if needed. details: what else describes the run (power, prompts, steps).
+    The folder is made if needed; an earlier file stays until this one is complete.
+    details: what else describes the run (power, prompts, steps).
     """
     result = {
         "device": device_name(),
@@ -28,7 +31,7 @@ def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], **details
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 

@@ -70,6 +70,8 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
         (("--max-error", "0.1", "--speed", "1.2"), "not both"),
         (("--count", "20"), "has 12 prompts, 24 are needed"),
         (("--text-rows", "blocks.1"), "is not GLOB=N"),
+        (("--text-rows", "blocks.1=²"), "is not GLOB=N"),
+        (("--rank", "257"), "rank=257: deflation takes at most 256 directions; or give deflate=False (--no-"),
         (("--text-rows", "blocks.1.*=6"), "--text-rows is for the choice"),
         (
             ("--speed", "1.2", "--costs", "flops", "--text-rows", "block.1.*=6"),

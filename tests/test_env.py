@@ -1,9 +1,13 @@
 """`rt-lynx env`, result files and what they say about where they come from."""
 
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -54,6 +58,23 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     assert written["rows"] == [{"m": 1}]
     assert written["power_w"] == 700
     assert written["device"] == results.device_name()
+
+
+def test_results_on_a_full_disk_leave_the_earlier_ones(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    results.write_results(path, [{"m": 1}])
+    before = path.read_bytes()
+
+    class Full(io.FileIO):
+        def write(self, content):
+            super().write(content[:20])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode: Full(descriptor, mode))
+    with pytest.raises(OSError, match="No space left"):
+        results.write_results(path, [{"m": 2}])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_commit_is_that_of_the_checkout():

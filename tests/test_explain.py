@@ -173,6 +173,7 @@ def test_command_line(tiny_folder, tmp_path):
         (["flux", "--batch", "0"], "--batch"),
         (["flux", "--rank", "-1"], "--rank"),
         (["nope"], "no known model"),
+        ([""], "'' is no known model, no path and no hub id"),
         (["flux", "--resolution", "big"], "'big'"),
         (["flux", "--resolution", "1000"], "multiples of 16"),
         (["flux", "--device", "h300"], "h300"),

@@ -221,8 +221,8 @@ class Collector:
             if need > self.memory:
                 raise ValueError(
                     f"the moments of {leader!r} (K = {self.linears[leader].in_features}) take "
-                    f"{need / 2**30:.1f} GiB, "
-                    f"above the memory budget of {self.memory / 2**30:.1f} GiB; raise it"
+                    f"{need / 2**20:.0f} MiB, "
+                    f"above the memory budget of {self.memory / 2**20:.0f} MiB; raise it"
                 )
             if need > room:
                 parts.append([])

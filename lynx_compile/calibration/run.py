@@ -79,7 +79,8 @@ def calibrate(
             raise ValueError(f"{what}={given!r} is no whole number from {least} on")
     if deflate and rank > MAX_DEFLATED:
         raise ValueError(
-            f"rank={rank}: deflation takes at most {MAX_DEFLATED} directions; or give deflate=False"
+            f"rank={rank}: deflation takes at most {MAX_DEFLATED} directions; "
+            "or give deflate=False (--no-deflate)"
         )
     for glob, tokens in (dense_tokens or {}).items():
         if tokens < 0:

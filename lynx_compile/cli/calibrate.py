@@ -84,17 +84,20 @@ def calibrate_(
         raise typer.BadParameter(str(error)) from error
     call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     workload = _workload(pipe, texts[:count], steps, batch_size, 0, call)
-    profile = calibrate(
-        workload,
-        rank=rank,
-        total_rank=total_rank,
-        shift=not no_shift,
-        deflate=not no_deflate,
-        steps=steps,
-        memory=int(memory * 2**30),
-        state=state,
-        provenance={"model": model, "prompts": count, "rank": rank, "held_out_prompts": held_out},
-    )
+    try:
+        profile = calibrate(
+            workload,
+            rank=rank,
+            total_rank=total_rank,
+            shift=not no_shift,
+            deflate=not no_deflate,
+            steps=steps,
+            memory=int(memory * 2**30),
+            state=state,
+            provenance={"model": model, "prompts": count, "rank": rank, "held_out_prompts": held_out},
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     points: list[Choice] = []
     if rank_ == 0 and chooses:
         points = _choose(
@@ -127,12 +130,12 @@ def _load(model: str, device: str) -> Any:
     if model == "emoji":
         from ..evaluation.emoji import load_emoji_pipeline
 
-        pipe = load_emoji_pipeline(torch_dtype=dtype)
+        pipe = load_emoji_pipeline(dtype=dtype)
     else:
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"{model!r} is no folder that save_pretrained wrote and could not be fetched from the hub "
@@ -186,7 +189,7 @@ def _text_rows(given: list[str] | None) -> dict[str, int]:
     found = {}
     for text in given or ():
         glob, _, rows = text.rpartition("=")
-        if not glob or not rows.isdigit():
+        if not glob or not rows.isdecimal():
             raise typer.BadParameter(f"--text-rows {text!r} is not GLOB=N, as 'single_blocks.*=512'")
         found[glob] = int(rows)
     return found

@@ -100,13 +100,19 @@ def _check_lengths(pipe: Any, prompts: list[str]) -> None:
 
 
 def _write(result: Demo, out: Path) -> None:
-    from ..demo import picture_grid, render
+    import io
 
+    from ..demo import picture_grid, render
+    from ..files import write_whole
+
+    grid = io.BytesIO()
+    picture_grid(result).save(grid, "png", optimize=True)
     try:
-        picture_grid(result).save(out / "grid.png", optimize=True)
-        (out / "report.html").write_text(render(result), encoding="utf-8")
+        write_whole(out / "grid.png", grid.getvalue())
+        write_whole(out / "report.html", render(result).encode())
     except OSError as error:
-        raise OSError(f"{error.filename or out}: {error.strerror or error}; give another --out") from error
+        name = error.filename2 or error.filename or out
+        raise OSError(f"{name}: {error.strerror or error}; give another --out") from error
 
 
 def _load(model: Path | None, device: str | None) -> Any:

@@ -82,9 +82,9 @@ def evaluate(
         chosen = None if choices is None else read_object(choices)
         where = device_of(device)
         dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-        pipe = emoji.load_emoji_pipeline(model, torch_dtype=dtype)
+        pipe = emoji.load_emoji_pipeline(model, dtype=dtype)
         pipe.to(str(where))
-        net, photos = _reality(real or emoji.EXAMPLE / "data" / "emoji.zip", feature_net, where)
+        net, photos = _reality(real, feature_net, where)
         scorers = load_scorers(
             _listed(metrics),
             str(where),
@@ -146,12 +146,19 @@ def evaluate(
         _keep(study, rows, pictures, profile)
 
 
-def _reality(archive: Path, feature_net: Path | None, device: torch.device) -> tuple[Any, Any]:
-    """(feature net, real pictures) for KID; (None, None) where something is missing, and says what."""
+def _reality(real: Path | None, feature_net: Path | None, device: torch.device) -> tuple[Any, Any]:
+    """(feature net, real pictures) for KID; (None, None) where something is missing, and says what.
+
+    Raises ValueError for an archive or a net that was named and is not there.
+    """
     from zipfile import BadZipFile
 
     from ..evaluation import emoji, features
 
+    for option, named in (("--real", real), ("--feature-net", feature_net)):
+        if named is not None and not named.is_file():
+            raise ValueError(f"{option} {named}: is no file; leave it out to go without KID")
+    archive = real or emoji.EXAMPLE / "data" / "emoji.zip"
     if not archive.is_file():
         console.print(
             f"KID is left out: {archive} is missing (examples/emoji_flux/prepare.py makes it)", style="yellow"
@@ -201,7 +208,7 @@ def _shares(text: str) -> tuple[float, ...]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     found = _listed(text)
-    if not found or not all(number.isdigit() and int(number) > 0 for number in found):
+    if not found or not all(number.isdecimal() and int(number) > 0 for number in found):
         raise typer.BadParameter(f"--ranks {text!r} is no list of ranks, as 16,64")
     return tuple(map(int, found))
 

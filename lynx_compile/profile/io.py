@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..files import write_whole
 from .errors import ProfileError
 from .format import DAMAGED, Described, Profile, from_json, to_json
 
@@ -59,8 +58,8 @@ def save_profile(profile: Profile, folder: str | Path, dtype: torch.dtype = torc
     }
     (folder / JSON).unlink(missing_ok=True)
     for name, content in contents.items():
-        _write(folder / name, content)
-    _write(folder / JSON, _sealed(to_json(profile), contents))
+        write_whole(folder / name, content)
+    write_whole(folder / JSON, _sealed(to_json(profile), contents))
 
 
 def load_profile(folder: str | Path) -> Profile:
@@ -101,7 +100,7 @@ def seal(folder: str | Path) -> Profile:
     _attach_tensors(
         profile, described, _tensors(contents[ADAPTER], ADAPTER), _tensors(contents[VECTORS], VECTORS)
     )
-    _write(folder / JSON, _sealed(to_json(profile), contents))
+    write_whole(folder / JSON, _sealed(to_json(profile), contents))
     return load_profile(folder)
 
 
@@ -226,16 +225,3 @@ def _tensors(content: bytes, file: str) -> dict[str, Tensor]:
         MemoryError,
     ) as error:
         raise ProfileError(file, "", f"is no valid safetensors file ({error})", DAMAGED) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Through a temporary file and a rename, so that a reader never sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
