@@ -22,7 +22,10 @@ from .runtime.ops import linear as marked_linear
 
 DECISIONS = ("sparse", "dense")
 _BUFFERS = ("lynx_down", "lynx_up", "lynx_shift", "lynx_score", "lynx_bias")
-_ATTRIBUTES = ("lynx_decision", "lynx_reason", "lynx_dense_tokens", "lynx_deflated", "lynx_switch")
+_ATTRIBUTES = (
+    *("lynx_decision", "lynx_reason", "lynx_before"),
+    *("lynx_dense_tokens", "lynx_deflated", "lynx_switch"),
+)
 
 
 class Switch(Protocol):
@@ -37,6 +40,7 @@ class LynxLinear(nn.Linear):
     lynx_down (R, K), lynx_up (N, R): the compensating LoRA branch.  lynx_shift (K,): μ.  lynx_score (K,): c.
     lynx_bias (N,): b + W·μ, made from the shift.  Each may be None.
     lynx_decision: "sparse", "dense" or None (the policy decides).  lynx_reason: why, for people.
+    lynx_before: decision and reason under the globs of `compile_blocks`, None where those say nothing.
     lynx_dense_tokens: leading tokens of each sample that stay dense.  lynx_deflated: how many leading rows of
     lynx_down are taken out of x before pruning.  lynx_switch: says when all layers run dense.
     """
@@ -48,6 +52,7 @@ class LynxLinear(nn.Linear):
     lynx_bias: Tensor | None
     lynx_decision: str | None
     lynx_reason: str
+    lynx_before: tuple[str | None, str] | None
     lynx_dense_tokens: int
     lynx_deflated: int
     lynx_switch: Switch | None
@@ -137,7 +142,7 @@ def attach(
             placed = _one_copy(given, placed)
         module.register_buffer(name, placed, persistent=False)
     module.register_buffer("lynx_bias", _fold(weight, module.bias, module.lynx_shift), persistent=False)
-    module.lynx_decision, module.lynx_reason = decision, reason
+    module.lynx_decision, module.lynx_reason, module.lynx_before = decision, reason, None
     module.lynx_dense_tokens, module.lynx_deflated, module.lynx_switch = dense_tokens, deflated, switch
     return module
 

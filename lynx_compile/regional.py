@@ -109,7 +109,14 @@ def _compile_entry(options: Mapping[str, Any], fullgraph: bool, dynamic: bool | 
 
 
 def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) -> None:
-    """Write what the globs say onto the layers, where regional compilation can see it."""
+    """Write what the globs say onto the layers, where regional compilation can see it.
+
+    What an earlier call wrote is undone first: the globs of the last call alone decide.
+    """
+    for module in model.modules():
+        if isinstance(module, LynxLinear) and module.lynx_before is not None:
+            module.lynx_decision, module.lynx_reason = module.lynx_before
+            module.lynx_before = None
     if not skip and not only:
         return
     linears = {
@@ -134,4 +141,5 @@ def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) 
 def _decide(module: nn.Module, decision: str, reason: str) -> None:
     if not isinstance(module, LynxLinear):
         module = attach(module)
+    module.lynx_before = (module.lynx_decision, module.lynx_reason)
     module.lynx_decision, module.lynx_reason = decision, reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,3 +128,24 @@ def test_two_variants_and_no_recompile(compiled: Callable[[Any], None], graphs: 
     assert sum("sparse" in found for found in decisions) == graphs / 2
     model = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == parameters
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copied_transformer_follows_its_own_schedule(copied: Callable[[nn.Module], nn.Module]) -> None:
+    pipe, other = make_pipe(), make_pipe()
+    profile = make_profile(pipe.transformer)
+    reference = emulated(pipe, profile, DENSE_STEPS, STEPS)
+    apply_profile(pipe, profile)
+    other.transformer = copied(pipe.transformer)
+    pipe.scheduler.set_timesteps(STEPS, mu=1.0)
+    pipe.scheduler._step_index = STEPS  # where a copy must not look
+    blocks(other)
+    for _ in range(2):
+        torch.testing.assert_close(run(other), reference, rtol=1e-3, atol=1e-3)

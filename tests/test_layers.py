@@ -274,6 +274,22 @@ def test_globs_speak_of_full_names():
     assert model.blocks[0].a.lynx_reason == "skip='blocks.0.*'"
 
 
+def test_the_globs_of_the_last_call_decide():
+    model = Model(2)
+    attach(model.blocks[0].a, decision="dense", reason="profile")
+
+    def decisions(**globs):
+        compile_blocks(model, **globs, **OPTIONS)
+        return [getattr(block.a, "lynx_decision", None) for block in model.blocks]
+
+    assert decisions(only=["blocks.0.*"]) == ["sparse", "dense"]
+    assert decisions(skip=["blocks.1.*"]) == ["dense", "dense"]
+    assert decisions(skip=["blocks.0.b"]) == decisions() == ["dense", None]
+    assert model.blocks[0].a.lynx_reason == "profile"
+    attach(model.blocks[1].a, decision="sparse")
+    assert decisions() == ["dense", "sparse"]
+
+
 def test_a_glob_that_matches_nothing_is_named(caplog):
     compile_blocks(Model(1), skip=["blocks.0.*", "blocks.7.*"], only=["to_out"], **OPTIONS)
     assert [record.getMessage() for record in caplog.records] == [

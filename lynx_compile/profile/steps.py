@@ -38,6 +38,10 @@ class StepTracker:
         self._direction = 0.0
         self._step = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or saved transformer is in no pipeline yet: its copy goes by the timestep."""
+        return {**vars(self), "_pipe": None}
+
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pipe = self._pipe() if self._pipe is not None else None
