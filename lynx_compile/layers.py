@@ -139,7 +139,9 @@ def attach(
     for name, given in data.items():
         placed = None if given is None else given.detach().to(device=weight.device, dtype=weight.dtype)
         if given is not None and placed is not None:
-            placed = _one_copy(given, placed)
+            common = _one_copy(given, placed)
+            # given may have been written to through .data, which counts no versions
+            placed = common if common.is_meta or torch.equal(common, placed) else placed
         module.register_buffer(name, placed, persistent=False)
     module.register_buffer("lynx_bias", _fold(weight, module.bias, module.lynx_shift), persistent=False)
     module.lynx_decision, module.lynx_reason, module.lynx_before = decision, reason, None

@@ -140,10 +140,11 @@ def test_layers_given_one_tensor_share_one_sparsify_and_one_down_projection(move
     assert len(graphs[-1]) == 2
 
 
-def test_a_tensor_written_to_between_two_layers_is_two():
+@pytest.mark.parametrize("written", [lambda t: t.mul_(2), lambda t: t.data.mul_(2)])
+def test_a_tensor_written_to_between_two_layers_is_two(written):
     down, up = data()["down"], data()["up"]
     q = attach(linear(), down=down, up=up)
-    down.mul_(2)
+    written(down)
     k = attach(linear(), down=down, up=up)
     assert q.lynx_up is k.lynx_up
     torch.testing.assert_close(k.lynx_down, 2 * q.lynx_down)
