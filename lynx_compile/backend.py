@@ -21,7 +21,8 @@ from . import passes, policy
 from .options import Options
 from .passes import Linear
 from .passes.graph import expression, hint, skip_row_views, tensor
-from .report import GraphReport, Row, record
+from .report import GraphReport, Report, Row, record
+from .report import report as reported
 from .runtime import ahead
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def rewrite(
     _log(report, gm)
     if recorded:
         _notify(report)
+        _warn_of_idle_globs(report)
         record(report, CompileContext.current_compile_id())
     return report
 
@@ -184,3 +186,16 @@ def _notify(report: GraphReport) -> None:
 @functools.cache
 def _notify_once(reason: str) -> None:
     log.warning("the model runs dense: %s. options={'emulate': True} emulates them", reason)
+
+
+def _warn_of_idle_globs(report: GraphReport) -> None:
+    """Names the globs that match no layer. Of one block nothing is said: the other blocks may have them."""
+    blocks = {number for row in report.rows for number in policy.REPEATED.findall(row.name)}
+    if len(blocks) > 1:
+        for glob in Report((*reported().graphs, report)).idle_globs:
+            _warn_of_glob(glob, report.rows[-1].name)
+
+
+@functools.cache
+def _warn_of_glob(glob: str, example: str) -> None:
+    log.warning("%s matches no linear layer of this graph, whose names are as %r", glob, example)

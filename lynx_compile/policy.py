@@ -79,7 +79,7 @@ _FINAL = re.compile(
     r"^(\w*proj_out\w*|(all_)?final_\w+(\..+)?|head(\..+)?|out|(\w+_)?out_layer(\..+)?|spec_out|norm_out(\..+)?"
     r"|output_proj\w*)$"
 )
-_REPEATED = re.compile(r"\.\d+\.")
+REPEATED = re.compile(r"\.\d+\.")
 _CONDITIONING_ROWS = 64  # a two-dimensional input with fewer rows is one row per sample, not tokens
 
 
@@ -99,7 +99,7 @@ def decide(linears: Sequence[Linear], options: Options) -> list[Decision]:
         readers[linear.x] = readers.get(linear.x, 0) + 1
     around = _Surroundings(
         tokens_first=any(_rank(linear.x) > 2 for linear in linears),
-        whole_model=any(_REPEATED.search(linear.name) for linear in linears),
+        whole_model=any(REPEATED.search(linear.name) for linear in linears),
         most_rows=max((hint(linear.m) for linear in linears), default=0),
     )
     return [_decide(linear, options, readers[linear.x], around) for linear in linears]

@@ -82,3 +82,27 @@ def test_the_backend_tells_the_globs_it_was_given():
     with torch.no_grad():
         torch.compile(model, backend="rt_lynx", options=options)(torch.randn(2, 8, 64))
     assert lynx_compile.report().idle_globs == ["skip='to_out'"]
+
+
+def test_globs_of_a_whole_model_that_match_nothing_are_named(caplog):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.up(x)
+
+    def warned(layers, *skip):
+        torch._dynamo.reset()
+        caplog.clear()
+        blocks = torch.nn.Sequential(*(Block() for _ in range(layers)))
+        model = torch.nn.Sequential(blocks).requires_grad_(False)
+        torch.compile(model, backend="rt_lynx", options={"rest": "eager", "skip": skip})(torch.ones(2, 9, 64))
+        return [record.getMessage() for record in caplog.records if "matches" in record.getMessage()]
+
+    assert warned(2, "0.1", "*.up") == [
+        "skip='0.1' matches no linear layer of this graph, whose names are as '0.1.up'"
+    ]
+    assert warned(2, "0.1") == []  # said once
+    assert warned(1, "0.2") == []  # of one block nothing is known
