@@ -179,11 +179,12 @@ def _sparse_linear(
     beside = top if left is None else left
     placed = beside is not None
     if beside is not None:
-        options = *options, left is None, beside.shape
+        options = *options, left is None, beside.shape, beside.dtype
     known = _placed_calls if placed else _linear_calls
     call = known.find(options, given)
     if call is not None:
         return placement.fill(call.run()[0], left, top)
+    ops.check_beside(values, weight.shape[0], left, top)
     prepare_gemm = _gemm(values.get_device(), values.dtype)
     if prepare_gemm is None or version != ops.VERSION:
         return ops._sparse_linear_reference(

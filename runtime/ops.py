@@ -154,9 +154,10 @@ def _sparse_linear_reference(
     """y (M, N) of `semantics.sparse_linear`, as part of a wider or longer matrix.
 
     left (M, L): columns in front of y's, (M, L + N).  top (S, T, N): rows in front of those of each of the S
-    samples, (S·T + M, N). At most one of them.
+    samples, (S·T + M, N). At most one of them, in the dtype of values and on their device.
     """
     _check_version(version)
+    check_beside(values, weight.shape[0], left, top)
     y = semantics.sparse_linear(
         layout.unpack(values, metadata),
         scale,
@@ -169,6 +170,27 @@ def _sparse_linear_reference(
         residual=residual,
     )
     return placed(y, left, top)
+
+
+def check_beside(values: Tensor, n: int, left: Tensor | None, top: Tensor | None) -> None:
+    """Raises TypeError and ValueError for what cannot stand beside or above y (M, n)."""
+    if left is not None and top is not None:
+        raise ValueError("sparse_linear: left and top are both given; give one, and join the other with cat")
+    for name, part in (("left", left), ("top", top)):
+        if part is None:
+            continue
+        if part.dtype is not values.dtype:
+            raise TypeError(f"sparse_linear: {name} is {part.dtype}, expected {values.dtype}; cast it")
+        if part.device != values.device:
+            raise ValueError(f"sparse_linear: {name} is on {part.device}, expected {values.device}; move it")
+    m = values.shape[0]
+    if left is not None and left.numel() != m * left.shape[-1]:
+        raise ValueError(f"sparse_linear: left has shape {tuple(left.shape)}; expected M = {m} rows")
+    if top is not None and (top.dim() != 3 or top.shape[2] != n or m % max(top.shape[0], 1)):
+        raise ValueError(
+            f"sparse_linear: top has shape {tuple(top.shape)}; expected (S, T, N = {n}) with M = {m} "
+            "a multiple of S"
+        )
 
 
 def placed(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from lynx_compile.runtime import gemm_mma, kernels, ops, placement, semantics
 from lynx_compile.runtime.calls import Call, Launch, pointers
 
+from . import stand_in
+
 K = 128
 
 
@@ -108,6 +110,36 @@ def test_the_reference_is_a_concatenation():
     assert torch.equal(expected(arguments, left=left), torch.cat([left.reshape(128, 24), y], 1))
     whole = torch.cat([top, y.reshape(2, 64, 48)], 1)
     assert torch.equal(expected(arguments, top=top), whole.reshape(-1, 48))
+
+
+@pytest.mark.parametrize(
+    ("beside", "error", "words"),
+    [
+        ({"left": torch.zeros(96, 8)}, TypeError, "left is torch.float32, expected torch.bfloat16; cast it"),
+        ({"top": torch.zeros(2, 3, 32)}, TypeError, "top is torch.float32"),
+        ({"left": torch.zeros(95, 8).bfloat16()}, ValueError, r"left has shape \(95, 8\); expected M = 96"),
+        ({"top": torch.zeros(2, 3, 30).bfloat16()}, ValueError, r"top has shape \(2, 3, 30\)"),
+        ({"top": torch.zeros(5, 3, 32).bfloat16()}, ValueError, "a multiple of S"),
+        ({"top": torch.zeros(3, 32).bfloat16()}, ValueError, r"expected \(S, T, N = 32\)"),
+        ({"left": torch.zeros(96, 8), "top": torch.zeros(2, 3, 32)}, ValueError, "both given"),
+    ],
+)
+def test_what_cannot_stand_beside_is_refused(beside, error, words):
+    operands = stand_in.Operands()
+    compressed = ops.sparsify("identity", [operands.x])
+    with pytest.raises(error, match=words):
+        ops.sparse_linear(*compressed, operands.weight, **beside)
+
+
+@pytest.mark.parametrize("side", ["left", "top"])
+def test_a_part_of_another_dtype_is_refused_also_after_a_right_one(driver, side):
+    operands = stand_in.Operands()
+    right = torch.zeros(96, 8) if side == "left" else torch.zeros(2, 3, 32)
+    without = {"residual": None, "gate": None}
+    compressed = operands.sparsify()
+    operands.linear(compressed, **without, **{side: right.bfloat16()})
+    with pytest.raises(TypeError, match=f"{side} is torch.float32"):
+        operands.linear(compressed, **without, **{side: right})
 
 
 @pytest.mark.parametrize(
