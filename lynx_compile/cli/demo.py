@@ -61,9 +61,9 @@ def demo(
         make_folder(out)
         result = _run(console, pipe, _profile(model), prompts, seed, steps, guidance)
         _write(result, out)
-    except (OSError, ImportError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         # as text: brackets in a prompt or a path are no markup
-        console.print(Text.assemble(("error: ", "red"), _message(error)), soft_wrap=True)
+        console.print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(summary(result))
     if result.emulated:
@@ -72,12 +72,6 @@ def demo(
             style="dim",
         )
     console.print(Text(f"{out / 'grid.png'}\n{out / 'report.html'}"), soft_wrap=True)
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error}; the demo needs more packages: python -m pip install 'lynx-compile[demo]'"
-    return str(error)
 
 
 def _check_words(prompts: list[str]) -> None:

@@ -1,0 +1,42 @@
+"""The `rt-lynx` script itself: packages that are missing, and what it imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MISSING = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+sys.argv = ["rt-lynx", *{arguments!r}]
+from lynx_compile.cli import main
+main()
+"""
+
+
+def without(names, *arguments):
+    script = MISSING.format(names=names, arguments=arguments)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("explain", "flux"), ("demo",), ("calibrate", "emoji", "--out", "made")]
+)
+def test_a_package_that_is_missing_comes_with_the_command_that_installs_it(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    run = without(["diffusers"], *arguments)
+    assert run.returncode == 1
+    said = "this command needs it: python -m pip install 'lynx-compile[demo]'"
+    assert run.stderr.splitlines()[-1] == f"error: No module named 'diffusers'; {said}"
+
+
+def test_help_needs_no_torch():
+    for arguments in ((), ("bench", "gemm"), ("eval",), ("profile",)):
+        run = without(["torch", "diffusers", "matplotlib"], *arguments, "--help")
+        assert run.returncode == 0, run.stderr
+        assert "Usage: rt-lynx" in run.stdout
