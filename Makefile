@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint fuzz wheel clean
+.PHONY: demo test test-gpu sanitize lint fuzz wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/rt-lynx demo
@@ -14,6 +14,9 @@ test: lint
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu -m gpu
+
+sanitize: $(INSTALLED)
+	$(BIN)/python -m tests.gpu.sanitize
 
 # The packages live in four top-level folders; the type checker sees them as they are installed.
 lint: $(INSTALLED)

@@ -14,10 +14,15 @@
 //
 // Macros (runtime/gemm_sm90.py): BF16, CONSUMERS, BLOCKS, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT, ACTIVATION,
 // TAIL: 0 for none, 1 for a gate or a residual, 2 where samples may also meet in the rows of a warpgroup.
+// ALL_RELEASE, which only tests/gpu/sanitize.py sets: every thread tells by itself that it has done with a slot.
 
 #include "epilogue.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
+
+#ifndef ALL_RELEASE
+#define ALL_RELEASE 0
+#endif
 
 using ptx::u32;
 using ptx::u64;
@@ -32,6 +37,7 @@ constexpr int kClusterM = CLUSTER_M;
 constexpr int kClusterN = CLUSTER_N;
 constexpr int kSplit = SPLIT;  // parts of K, one for each block of a cluster
 constexpr int kCluster = kClusterM * kClusterN * kSplit;
+constexpr int kMates = kClusterM + kClusterN - 1;  // blocks whose producers write into a block's slots
 
 constexpr int kStepK = 64;     // dense columns of a sparse step: 128 bytes of a weight row, 64 of a value row
 constexpr int kLoraStep = 32;  // rank of a LoRA step: 64 bytes of a row of t and of B
@@ -234,6 +240,15 @@ __device__ __forceinline__ void multiply_dense(float (&d)[Tile::kCount], u64 a, 
         Tile::dense_f16(d, a, b);
 }
 
+// The blocks whose producers write into this block's slots, one for each of a warpgroup's first threads: those in
+// its row and in its column of the cluster.
+__device__ __forceinline__ int mate(int rank, int thread) {
+    const int m = rank % kClusterM, n = rank / kClusterM;
+    if (thread < kClusterM) return n * kClusterM + thread;
+    if (thread < kMates) return m + (n + 1 + thread - kClusterM) % kClusterN * kClusterM;
+    return -1;
+}
+
 struct Consumer {
     const Params& p;
     Ring ring;
@@ -245,7 +260,12 @@ struct Consumer {
     // The warpgroup is done with a slot: tell every block whose producer writes to it here. One warp speaks for
     // all four, because a wgmma completes for the whole warpgroup.
     __device__ __forceinline__ void release(int stage) {
-        if (release_rank >= 0) ptx::barrier_arrive_remote(ring.empty + 8 * stage, release_rank);
+        if constexpr (ALL_RELEASE) {
+            const int rank = kCluster == 1 ? 0 : ptx::cluster_rank();
+            for (int i = 0; i < kMates; ++i) ptx::barrier_arrive_remote(ring.empty + 8 * stage, mate(rank, i));
+        } else if (release_rank >= 0) {
+            ptx::barrier_arrive_remote(ring.empty + 8 * stage, release_rank);
+        }
     }
 
     __device__ __forceinline__ void release_previous() { release(ring.stage == 0 ? kStages - 1 : ring.stage - 1); }
@@ -415,15 +435,6 @@ struct Consumer {
     }
 };
 
-// The blocks whose producers write into this block's slots, one for each of a warpgroup's first threads: those in
-// its row and in its column of the cluster.
-__device__ __forceinline__ int mate(int rank, int thread) {
-    const int m = rank % kClusterM, n = rank / kClusterM;
-    if (thread < kClusterM) return n * kClusterM + thread;
-    if (thread < kClusterM + kClusterN - 1) return m + (n + 1 + thread - kClusterM) % kClusterN * kClusterM;
-    return -1;
-}
-
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     sparse_gemm(const __grid_constant__ Params p) {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -436,7 +447,7 @@ extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kT
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             ptx::barrier_init(ring.full + 8 * i, 1);
-            ptx::barrier_init(ring.empty + 8 * i, kConsumers * (kClusterM + kClusterN - 1));
+            ptx::barrier_init(ring.empty + 8 * i, kConsumers * kMates * (ALL_RELEASE ? 128 : 1));
         }
         ptx::fence_barrier_init();
         ptx::prefetch_map(&p.values);

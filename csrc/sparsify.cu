@@ -129,6 +129,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     char* const dynamic = dynamic_memory();
     __shared__ float2 squares[kColumnWarps][kRowTile];
     __shared__ StageBarriers lora_barriers;
+    __shared__ u64 sums_ready;
 
     const Position at(p);
     const int chunks = p.k / kChunk;
@@ -145,6 +146,7 @@ sparsify(const __grid_constant__ SparsifyParams p) {
     if constexpr (kPerSample) samples.fill(p, at);
     if (threadIdx.x == 0) {
         if constexpr (kRank > 0) lora_barriers.init();
+        if constexpr (kSumRank > 0) barrier_init(shared_address(&sums_ready), kThreads);
 #if LYNX_SM90
         if constexpr (kSplits > 1) {
             barrier_init(moments_barrier, 1), barrier_init(sums_barrier, 1);
@@ -340,7 +342,12 @@ sparsify(const __grid_constant__ SparsifyParams p) {
         }
     }
 #endif
-    __syncthreads();
+    if constexpr (kSumRank > 0) {  // not __syncthreads: racecheck overlooks it where a part of the block has met before
+        barrier_arrive(shared_address(&sums_ready));
+        barrier_wait(shared_address(&sums_ready), 0);
+    } else {
+        __syncthreads();
+    }
     const BlockSums sums{squares[0], partial};
 #if LYNX_SM90
     if constexpr (kSplits > 1) {
