@@ -7,6 +7,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 
 import lynx_compile
+from lynx_compile.profile import Branch, Layer, Profile, apply_profile, fingerprint
 from lynx_compile.runtime import semantics
 
 OPTIONS = {"rest": "eager", "emulate": True, "strict": True}
@@ -159,3 +160,30 @@ def test_dora_in_one_graph_says_why():
     (row,) = lynx_compile.report().rows
     assert (row.name, row.decision) == ("to_q", "dense")
     assert "DoRA" in row.reason
+
+
+def test_a_profile_follows_an_adapter_that_is_fused():
+    model = adapted(8)
+    base = model.base_model.model
+    whole = Branch(down=torch.eye(64), up=torch.zeros(64, 64), deflate=True)  # leaves nothing to prune
+    layers = {"other": Layer((64, 64), True, "", whole), "to_q": Layer((64, 64), True, "", whole)}
+    profile = Profile(fingerprint(base), layers)
+    apply_profile(base, profile)
+    function = torch.compile(base, backend="rt_lynx", options={**OPTIONS, "only": list(layers)})
+    torch._dynamo.reset()
+
+    def moved():
+        return max(
+            float((got - want).norm() / want.norm()) for got, want in zip(function(X), base(X), strict=True)
+        )
+
+    assert moved() < 1e-6
+    base.to_q.merge()
+    assert moved() > 0.05
+    apply_profile(base, profile, check_weights=False)
+    graphs = len(lynx_compile.report().graphs)
+    assert moved() < 1e-6
+    assert len(lynx_compile.report().graphs) == graphs
+    base.to_q.unmerge()
+    apply_profile(base, profile, check_weights=False)  # rounding, in the last digit of a few weights
+    assert moved() < 1e-6
