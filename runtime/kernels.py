@@ -29,7 +29,7 @@ from . import (
     semantics,
     sparsify_kernel,
 )
-from .calls import Call, Known, Operands, Options, Shortcut
+from .calls import Call, Direct, Known, Operands, Options, Shortcut
 from .operands import RANK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -344,3 +344,4 @@ Shortcut.install(ops.sparse_linear, _linear_calls, _linear_key)
 Shortcut.install(ops.sparse_linears, _together_calls, _together_key)
 Shortcut.install(rotary.rotary, _rotary_calls, _rotary_key)
 Shortcut.install(residual_norm.residual_norm, _residual_norm_calls, _residual_norm_key)
+Direct.install(ops.linears, ops._linears, slice(1, 3))

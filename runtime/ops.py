@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import layout, semantics
+from . import dense, layout, semantics
 
 VERSION = 2
 NAMESPACE = "rt_lynx"
@@ -294,9 +294,9 @@ def _linears(
     branches = [columns[i : i + 4] for i in range(0, len(columns), 4)]
     m, _ = producer_shape(producer, inputs)
     if m < min_tokens:
-        x = semantics.produce(producer, inputs, eps, mult_offset)
+        x = dense.produce(producer, inputs, eps, mult_offset)
         return [
-            semantics.dense_linear(
+            dense.linear(
                 x,
                 weight,
                 branches=[
@@ -312,20 +312,16 @@ def _linears(
             for i, weight in enumerate(weights)
         ]
     values, metadata, scale, t = sparsify(
-        producer,
-        inputs,
-        eps=eps,
-        mult_offset=mult_offset,
-        shift=shift,
-        score=score,
-        lora_down=lora_down,
-        compensation=compensation,
-        deflated=deflated,
+        producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated
     )
     ts = []
     for i in range(len(weights)):
-        parts = [t[:, start : start + rank] for layer, start, rank, _ in branches if layer == i]
-        ts.append(t if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        parts = [(start, start + rank) for layer, start, rank, _ in branches if layer == i]
+        if not parts or parts == [(0, t.shape[1])]:
+            ts.append(t)
+        else:
+            slices = [t[:, start:end] for start, end in parts]
+            ts.append(slices[0] if len(slices) == 1 else torch.cat(slices, 1))
     return sparse_linears(
         values, metadata, scale, ts, weights, lora_ups, biases, activations, gates, residuals
     )

@@ -237,32 +237,3 @@ def sparse_linear(
     if residual is not None:
         y = y + residual.reshape(y.shape).to(acc)
     return y.to(pruned.dtype)
-
-
-def dense_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    branches: Sequence[tuple[Tensor, Tensor]] = (),
-    bias: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """y (M, N) = residual + gate · act(X · Wᵀ + b + Σ X · Aᵀ · Bᵀ): the layer without pruning.
-
-    x: (M, K). branches: (A (R, K), B (N, R)) of the user's adapters. bias: (N,). The rest as in
-    `sparse_linear`.
-    """
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    for down, up in branches:
-        y = y + F.linear(F.linear(x, down), up)
-    if activation == "none" and gate is None and residual is None:
-        return y
-    acc = compute_dtype(x.dtype)
-    y = ACTIVATIONS[activation](y.to(acc))
-    if gate is not None:
-        y = y * _per_row(gate.to(acc), y)
-    if residual is not None:
-        y = y + residual.reshape(y.shape).to(acc)
-    return y.to(x.dtype)

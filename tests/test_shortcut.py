@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from lynx_compile.runtime import calls, kernels, ops
 
@@ -189,3 +190,52 @@ def test_a_torch_without_the_way_in_keeps_its_ops(monkeypatch):
     monkeypatch.setattr(calls, "_guard_type", calls.Facts)
     calls.Shortcut.install(op, calls.Known(), kernels._sparsify_key)
     assert op._op is sum
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that sees each op, in `seen`."""
+
+    def __new__(cls, inner, seen):
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapped.inner, wrapped.seen = inner, seen
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, op, kinds, args=(), kwargs=None):
+        def inner(tensor):
+            tensor.seen.append(op)
+            return tensor.inner
+
+        return op(*tree_map_only(cls, inner, args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("least", [0, M + 1], ids=["sparse", "dense"])
+@torch.no_grad()
+def test_an_op_made_of_others_passes_its_dispatcher(monkeypatch, least):
+    layer = Operands()
+    through, reached = ops.linears._op.through, []
+    monkeypatch.setattr(ops.linears._op, "through", lambda *a, **k: (reached.append(1), through(*a, **k))[1])
+    lists = [layer.bias], [layer.bias], [layer.up], [0, 0, RANK, 1], ["silu"], [layer.gate], [layer.residual]
+
+    def call(x=layer.x):
+        return ops.linears("identity", [x], [layer.weight], least, *lists, layer.down)
+
+    found = call()
+    assert not reached
+    assert (type(found), [tuple(y.shape) for y in found]) == (list, [(M, N)])
+    assert torch.equal(found[0], through("identity", [layer.x], [layer.weight], least, *lists, layer.down)[0])
+    with Seeing() as mode:
+        call()
+    assert ops.linears in mode.seen
+    with torch.profiler.profile() as profile:
+        call()
+    assert "rt_lynx::linears" in {event.name for event in profile.events()}
+    seen = []
+    call(Wrapped(layer.x, seen))
+    assert seen == [ops.linears]
+    with torch.enable_grad():
+        call()
+    assert len(reached) == 4
+    call()
+    assert len(reached) == 4
+    assert {ops.linears: 1}[torch.ops.rt_lynx.linears.default] == 1
