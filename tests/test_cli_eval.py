@@ -100,6 +100,20 @@ def test_an_interruption_keeps_what_is_measured(folder: Path, monkeypatch: pytes
     assert load_profile(folder / "made").sparse_layers()
 
 
+def test_an_interruption_before_the_first_row_leaves_an_earlier_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lynx_compile.evaluation.run import Study
+
+    def interrupted(_study: Study) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "run", interrupted)
+    (folder / "old.json").write_text("{}")
+    assert evaluate("--out", "old.json").exit_code != 0
+    assert (folder / "old.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

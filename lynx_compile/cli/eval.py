@@ -141,9 +141,10 @@ def evaluate(
     try:
         study.run()
     finally:  # also when it is interrupted or a stage fails
-        write()
-        console.print(_rich(rows))
-        _keep(study, rows, pictures, profile)
+        if rows:
+            write()
+            console.print(_rich(rows))
+            _keep(study, rows, pictures, profile)
 
 
 def _reality(real: Path | None, feature_net: Path | None, device: torch.device) -> tuple[Any, Any]:
