@@ -40,3 +40,10 @@ def test_help_needs_no_torch():
         run = without(["torch", "diffusers", "matplotlib"], *arguments, "--help")
         assert run.returncode == 0, run.stderr
         assert "Usage: rt-lynx" in run.stdout
+
+
+def test_a_terminal_that_knows_no_lines_gets_question_marks():
+    command = [sys.executable, "-c", "from lynx_compile.cli import main; main()", "explain"]
+    run = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert run.returncode == 0, run.stderr.decode()
+    assert b"black-forest-labs/FLUX.1-dev" in run.stdout

@@ -8,6 +8,7 @@ inside their functions, so that `rt-lynx --help` answers at once.
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 import sys
 
@@ -32,6 +33,8 @@ for _module in pkgutil.iter_modules(__path__):
 
 def main() -> None:
     """Entry point of the `rt-lynx` script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # terminals that know no → or ×
     try:
         app()
     except ModuleNotFoundError as error:
