@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..models import Step
 
 app = typer.Typer()
@@ -83,9 +85,7 @@ def _explain(
     from ..models import resolve
 
     check_file(coverage, "--coverage")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
+    console = _console()
     done = []
     for name in models:
         step = at_resolution(resolve(name).step, resolution, batch)
@@ -123,8 +123,14 @@ def at_resolution(step: Step, resolution: str | None, batch: int) -> Step:
     return replace(step, width=width, height=height, batch=batch)
 
 
-def _list_models() -> None:
+def _console() -> Console:
     from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def _list_models() -> None:
     from rich.table import Table
 
     from ..models import KNOWN
@@ -134,7 +140,7 @@ def _list_models() -> None:
         table.add_column(column)
     for name, known in KNOWN.items():
         table.add_row(name, known.repository, known.transformer, f"{known.parameters_b:.1f}")
-    console = Console()
+    console = _console()
     console.print(table)
     console.print("rt-lynx explain NAME; a folder, a config.json or any hub id works too")
 
