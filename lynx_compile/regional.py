@@ -22,12 +22,13 @@ from .layers import LynxLinear, attach
 from .options import Options
 from .passes.linear import normalize_name
 from .policy import first_match
+from .profile.apply import transformer_of
 
 log = logging.getLogger(__name__)
 
 
 def compile_blocks(
-    model: nn.Module,
+    model: Any,
     *,
     blocks: str | Sequence[str] | None = None,
     fullgraph: bool = False,
@@ -36,12 +37,14 @@ def compile_blocks(
 ) -> int:
     """Compile each repeated block of a model in place with the rt_lynx backend.
 
-    blocks: class names of the blocks, or one; by default the model's `_repeated_blocks`. fullgraph, dynamic:
-    as in `torch.compile`. options: those of the backend; `skip` and `only` speak of full names here. Returns
-    the number of distinct patterns, each of which is compiled once, on its first call.
-    Raises ValueError when the model has no such blocks.
+    model: a module, or a pipeline for its transformer. blocks: class names of the blocks, or one; by default
+    the model's `_repeated_blocks`. fullgraph, dynamic: as in `torch.compile`. options: those of the backend;
+    `skip` and `only` speak of full names here. Returns the number of distinct patterns, each of which is
+    compiled once, on its first call.
+    Raises TypeError for what is neither, ValueError when the model has no such blocks.
     """
     settings = Options.parse(options)
+    model = transformer_of(model)
     blocks = [blocks] if isinstance(blocks, str) else blocks
     names = tuple(blocks or getattr(model, "_repeated_blocks", None) or ())
     found = {name: module for name, module in model.named_modules() if type(module).__name__ in names}

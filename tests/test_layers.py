@@ -320,6 +320,15 @@ def test_a_model_without_repeated_blocks_says_what_to_give():
         compile_blocks(Model(1), blocks="Missing")
 
 
+def test_a_pipeline_stands_for_its_transformer():
+    pipe = types.SimpleNamespace(transformer=Model(2))
+    assert compile_blocks(pipe, **OPTIONS) == 1
+    pipe.transformer(X)
+    assert len(lynx_compile.report().graphs) == 1
+    with pytest.raises(TypeError, match="neither a module nor a pipeline with a transformer"):
+        compile_blocks(types.SimpleNamespace(unet=Model(2)))
+
+
 def test_one_class_of_blocks_may_be_named_alone():
     assert compile_blocks(nn.Sequential(Block(), Block()), blocks="Block", **OPTIONS) == 1
 
