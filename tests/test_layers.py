@@ -150,6 +150,17 @@ def test_a_tensor_written_to_between_two_layers_is_two(written):
     torch.testing.assert_close(k.lynx_down, 2 * q.lynx_down)
 
 
+def test_a_tensor_written_to_between_two_moves_is_two():
+    down, up = data()["down"].double(), data()["up"].double()
+    q, k = (attach(linear(), down=down, up=up) for _ in "qk")
+    assert q.lynx_down is k.lynx_down
+    q.float()
+    k.lynx_down.mul_(2)
+    k.float()
+    assert q.lynx_up is k.lynx_up
+    torch.testing.assert_close(k.lynx_down, 2 * q.lynx_down)
+
+
 def test_a_switch_runs_the_layers_dense_meanwhile():
     switch = types.SimpleNamespace(dense=True)
     module = attach(linear(), decision="sparse", switch=switch)

@@ -142,3 +142,16 @@ def test_the_ends_of_a_model_and_its_conditions(condition):
     assert reasons["conditioning"] == "safe default: modulation: one row a sample"
     assert reasons["proj_out"] == "safe default: final projection"
     assert reasons["blocks.0.ff"] == reasons["blocks.1.ff"] == "chosen by default"
+
+
+@pytest.mark.parametrize(("least", "decision"), [(17, "sparse"), (18, "sparse"), (19, "dense")])
+def test_exactly_as_many_tokens_as_it_takes_are_enough(least, decision):
+    torch._dynamo.reset()
+    lynx_compile.clear_report()
+    options = {"rest": "eager", "emulate": True, "strict": True, "min_tokens": least}
+    with torch.no_grad():
+        torch.compile(nn.Linear(64, 64), backend="rt_lynx", options=options, dynamic=False)(
+            torch.ones(2, 9, 64)
+        )
+    (row,) = lynx_compile.report().rows
+    assert (row.decision, row.min_tokens) == (decision, 0)  # known: nothing is left to the run time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,3 +45,22 @@ def test_tensors_of_no_layer_are_not_sealed(tmp_path: Path, file: str) -> None:
     save_file({**load_file(tmp_path / file), "base_model.model.7.extra": torch.ones(2)}, tmp_path / file)
     with pytest.raises(ProfileError, match=rf"{file}: base_model\.model\.7\.extra: belongs to no layer"):
         seal(tmp_path)
+
+
+@pytest.mark.parametrize(("given", "of", "steps", "dense"), [(1, 20, 4, 1), (3, 20, 10, 2), (2, 4, 8, 4)])
+def test_another_number_of_steps_rounds_the_dense_ones_up(
+    given: int, of: int, steps: int, dense: int
+) -> None:
+    class Pipe:
+        transformer = model(2)
+        scheduler = SimpleNamespace(step_index=None, begin_index=None, num_inference_steps=steps)
+
+    pipe, made = Pipe(), profile(Pipe.transformer)
+    made.dense_steps, made.steps = given, of
+    apply_profile(pipe, made)
+    found = []
+    for step in range(steps):
+        pipe.scheduler.step_index = step or None  # diffusers sets it in the first call of step()
+        pipe.transformer(torch.zeros(1, 64))
+        found.append(pipe.transformer[0].lynx_switch.dense)
+    assert found == [True] * dense + [False] * (steps - dense)

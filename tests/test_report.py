@@ -19,6 +19,15 @@ def _fresh():
     lynx_compile.clear_report()
 
 
+def test_a_compilation_that_starts_over_counts_once():
+    for compile_id in (1, 1, 2, 2):
+        record(GraphReport((SPARSE, DENSE)), compile_id)
+    record(GraphReport((UNMATCHED,)), 2)  # another graph of one compilation, behind a break
+    record(GraphReport((UNMATCHED,)))
+    record(GraphReport((UNMATCHED,)))
+    assert [len(graph.rows) for graph in lynx_compile.report().graphs] == [2, 2, 1, 1, 1]
+
+
 def test_totals_over_several_graphs():
     record(GraphReport((SPARSE, DENSE)))
     record(GraphReport((UNMATCHED,), note="gradients are on"))
