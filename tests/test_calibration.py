@@ -23,7 +23,7 @@ from lynx_compile.calibration.refine import (
 )
 from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
 from lynx_compile.calibration.solve import allocate_ranks, deflations, lora_branches
-from lynx_compile.calibration.statistics import Moments, spread_over
+from lynx_compile.calibration.statistics import Moments, moments_bytes, spread_over
 from lynx_compile.profile import Branch
 from lynx_compile.runtime import semantics
 
@@ -263,6 +263,22 @@ def test_state_of_another_rank_is_not_used(tmp_path: Path) -> None:
 
 def make_workload_like(workload: Inputs) -> Inputs:
     return Inputs(workload.model, workload.inputs)
+
+
+def test_one_call_finds_the_inputs_where_no_mean_is_wanted() -> None:
+    workload = make_workload()
+    calls = []
+    handle = workload.model.register_forward_hook(lambda *_: calls.append(1))
+    options = {"shift": False, "deflate": False, "quiet": True}
+    found = calibrate(workload, rank=8, **options)
+    assert len(calls) == 1 + len(workload)
+    handle.remove()
+    again = calibrate(workload, rank=8, memory=2 * moments_bytes(64), **options)  # in several passes
+    assert found.layers.keys() == again.layers.keys() == calibrate(workload, rank=8, quiet=True).layers.keys()
+    for name, layer in found.layers.items():
+        assert layer.branch.shift is None
+        assert layer.tokens == again.layers[name].tokens == 24
+        torch.testing.assert_close(layer.branch.down, again.layers[name].branch.down)
 
 
 def test_memory_budget_must_hold_one_input() -> None:

@@ -74,6 +74,17 @@ def test_dense_steps_are_taken_where_they_pay() -> None:
     assert pick(points(problem), speed=1.95).dense_steps == 0
 
 
+def test_dense_last_steps_are_no_saving() -> None:
+    ways = [Way("a", 0, 0.5), Way("b", 0, 0.5)]
+    problem = Problem(ways, np.eye(2), 2.0, 20, {0: 1.0, 1: 0.01}, dense_last_steps=2)
+    found = points(problem)
+    assert {choice.dense_last_steps for choice in found if choice.sparse} == {2}
+    assert found[0].dense_last_steps == 0  # nothing is sparse anyway
+    assert min(choice.time for choice in found) == pytest.approx(1 - 1.0 * 18 / 20 / 2.0)
+    with_first = next(c for c in found if c.dense_steps == 1 and len(c.sparse) == 2)
+    assert with_first.time == pytest.approx(1 - 1.0 * 17 / 20 / 2.0)
+
+
 def test_large_fronts_take_seconds() -> None:
     start = time.process_time()
     assert len(points(random_problem(0, layers=60))) > 10
@@ -123,6 +134,41 @@ def test_choice_is_measured_and_fits_the_error() -> None:
     assert at_speed.measured <= choice.measured
     assert at_speed.measured == min(c.measured for c in told if c.speed >= choice.speed * (1 - 1e-9))
     assert chooser.choose(max_error=0.0).sparse == {}
+
+
+class Runs:
+    """Three calls in a row on each batch, each reading what the last one gave."""
+
+    def __init__(self, count: int) -> None:
+        self.batches = make_workload(count)
+        self.model, self.identity = self.batches.model, "runs"
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @torch.no_grad()
+    def run(self, batch: int) -> torch.Tensor:
+        x = self.batches.inputs[batch]
+        for _ in range(3):
+            x = self.model(x)
+        return x
+
+
+def test_what_is_measured_leaves_the_last_steps_dense() -> None:
+    workload = Runs(2)
+    profile = calibrate(workload, rank=16, steps=3, quiet=True)
+    study = Sensitivity(workload, quiet=True)
+    branches = {name: layer.branch for name, layer in profile.layers.items()}
+    chooser = chooser_for(study, profile, branches, "flops")
+    choice = chooser.choose(speed=1.2)
+    assert choice.dense_last_steps == 1
+    layers = {name: branches[name] for name in choice.sparse}
+    sparse = study.sample(layers, lambda call: choice.dense_steps <= call < 2)
+    assert choice.measured == pytest.approx(sparse, rel=1e-6)
+    assert sparse < study.sample(layers, lambda call: choice.dense_steps <= call)
+    assert chooser.ending(0).choose(speed=1.2).dense_last_steps == 0
+    with pytest.raises(ValueError, match="3 dense last steps leave none of 3 sparse"):
+        chooser_for(study, profile, branches, "flops", dense_last_steps=3)
 
 
 def test_effects_are_noted_and_add_up() -> None:

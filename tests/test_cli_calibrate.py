@@ -61,7 +61,8 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
     }
     shown = CliRunner().invoke(profile_command.app, ["show", str(folder)], env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
-    assert f"first {profile.dense_steps} of 3 steps dense" in shown.output
+    assert profile.dense_last_steps == 1  # unless asked for more or fewer
+    assert f"first {profile.dense_steps} and last 1 of 3 steps dense" in shown.output
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,15 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
         ),
         (
             ("--speed", "9", "--costs", "flops"),
-            "--speed 9.0 is out of reach: with all that may be sparse it is 1.7",
+            "--speed 9.0 is out of reach: with all that may be sparse it is 1.400",
+        ),
+        (
+            ("--speed", "9", "--costs", "flops", "--dense-last", "0"),
+            "--speed 9.0 is out of reach: with all that may be sparse it is 1.750",
+        ),
+        (
+            ("--speed", "1.2", "--dense-last", "3"),
+            "--dense-last 3 leaves none of --steps 3 sparse; lower it",
         ),
         (("--speed", "1.2"), "no layer of this model is faster sparse by the table 'h200'"),
         (("--speed", "1.2", "--costs", "h2000"), "no cost table for device 'h2000'"),

@@ -1,4 +1,4 @@
-"""Dense first steps in the FLUX pipeline of diffusers: two compiled variants, one set of weights."""
+"""Dense first and last steps in the FLUX pipeline of diffusers: two compiled variants, one set of weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lynx_compile.profile.fingerprint import linear_layers
 
 diffusers = pytest.importorskip("diffusers")
 
-DENSE_STEPS, STEPS = 2, 4
+DENSE_STEPS, DENSE_LAST_STEPS, STEPS = 2, 1, 4
 OPTIONS = {"emulate": True, "strict": True, "rest": "eager"}
 SIZE = {"height": 64, "width": 64}
 
@@ -77,15 +77,16 @@ def make_profile(model: nn.Module) -> Profile:
         name: Layer(tuple(linear_layers(model)[name].weight.shape), True, "", branch)
         for name, branch in branches.items()
     }
-    return Profile(fingerprint(model), layers, dense_steps=DENSE_STEPS, steps=STEPS)
+    ends = {"dense_steps": DENSE_STEPS, "dense_last_steps": DENSE_LAST_STEPS}
+    return Profile(fingerprint(model), layers, **ends, steps=STEPS)
 
 
-def emulated(pipe: Any, profile: Profile, dense_steps: int, steps: int) -> torch.Tensor:
+def emulated(pipe: Any, profile: Profile, steps: int) -> torch.Tensor:
     """The picture by eager emulation, the switch set by counting calls."""
-    switch, calls = StepSwitch(), [0]
+    switch, calls, scale = StepSwitch(), [0], steps // STEPS
 
     def before(*_: object) -> None:
-        switch.dense = calls[0] < dense_steps
+        switch.dense = not DENSE_STEPS * scale <= calls[0] < steps - DENSE_LAST_STEPS * scale
         calls[0] += 1
 
     handle = pipe.transformer.register_forward_pre_hook(before)
@@ -111,9 +112,7 @@ def repeated_blocks(pipe: Any) -> None:
 def test_two_variants_and_no_recompile(compiled: Callable[[Any], None], graphs: int) -> None:
     pipe = make_pipe()
     profile = make_profile(pipe.transformer)
-    reference = {
-        steps: emulated(pipe, profile, dense, steps) for steps, dense in ((STEPS, 2), (2 * STEPS, 4))
-    }
+    reference = {steps: emulated(pipe, profile, steps) for steps in (STEPS, 2 * STEPS)}
     dense = run(pipe)
     parameters = {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()}
     apply_profile(pipe, profile)
@@ -141,7 +140,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 def test_a_copied_transformer_follows_its_own_schedule(copied: Callable[[nn.Module], nn.Module]) -> None:
     pipe, other = make_pipe(), make_pipe()
     profile = make_profile(pipe.transformer)
-    reference = emulated(pipe, profile, DENSE_STEPS, STEPS)
+    reference = emulated(pipe, profile, STEPS)
     apply_profile(pipe, profile)
     other.transformer = copied(pipe.transformer)
     pipe.scheduler.set_timesteps(STEPS, mu=1.0)

@@ -188,9 +188,10 @@ class SmallPipe:
 
 SMALL = Settings(
     prompts=6,
-    steps=3,
+    steps=4,
     ranks=(8, 16),
     calibration_prompts=16,
+    calibration_steps=2,
     validation_prompts=4,
     distill_prompts=16,
     distill_samples=8,
@@ -221,6 +222,8 @@ def test_study_fills_the_table() -> None:
     assert chosen.latent_rel_err < rows["shift + deflation r16"].latent_rel_err
     assert rows["shift + deflation r16 + SL end to end, 40%"].sparse_flops_share >= 0.4 - 1e-9
     recipe = rows["SA-NC-LoRA r16, paper's recipe"]
+    assert chosen.details["dense_last_steps"] == 1
+    assert "dense_last_steps" not in rows[f"{chosen.method}, no last step dense"].details
     assert recipe.calibration_s > 0
     assert recipe.details["rank_share_of_k"] == [0.25]
     assert any("joint distillation" in name for name in rows)
@@ -255,16 +258,16 @@ def test_tables_of_the_documentation() -> None:
     spec.loader.exec_module(tables)
     study = small_study(stages=["ladder", "chosen", "recipe"])
     rows = [row.to_json() for row in study.run().rows]
-    made = {"device": "a GPU", "command": "rt-lynx eval", "commit": "c0", "prompts": 6, "steps": 3}
+    made = {"device": "a GPU", "command": "rt-lynx eval", "commit": "c0", "prompts": 6, "steps": 4}
     result = json.loads(json.dumps({**made, "rows": rows, "studies": study.ground.studies}))
     methods = tables.quality(result)
     assert len(methods) == len(rows) + 4
     low, high = rows[-1]["latent_rel_err_ci"]
     assert f"{rows[-1]['latent_rel_err']:.3f} ({low:.3f}–{high:.3f})" in methods[-3]
-    assert "6 held-out prompts, 3 steps; a GPU; `rt-lynx eval`; at c0" in methods[-1]
-    assert len(tables.quality_race(result)) == 2 + 2 * 3 + 2  # two ranks, three sizes
+    assert "6 held-out prompts, 4 steps; a GPU; `rt-lynx eval`; at c0" in methods[-1]
+    assert len(tables.quality_race(result)) == 2 + 2 * 4 + 2  # two ranks, four sizes
     assert len(tables.quality_classes(result)) == 2 + 5 + 2  # three classes and two blocks
-    assert len(tables.quality_steps(result)) == 2 + 5 + 2
+    assert len(tables.quality_steps(result)) == 2 + 3 + 2  # none, one or two of the three before the last
 
 
 def test_stages_are_named() -> None:

@@ -58,7 +58,7 @@ def make_model(seed: int = 0) -> Model:
     return Model().eval()
 
 
-def make_profile(model: nn.Module, seed: int = 0, dense_steps: int = 0) -> Profile:
+def make_profile(model: nn.Module, seed: int = 0, dense_steps: int = 0, last: int = 0) -> Profile:
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for index in range(2):
@@ -73,7 +73,12 @@ def make_profile(model: nn.Module, seed: int = 0, dense_steps: int = 0) -> Profi
                 (n, k), name != "blocks.1.up", "chosen", branch, 8, 0.3, 0.2, {"sample": 0.1}
             )
     return Profile(
-        fingerprint(model), layers, dense_steps=dense_steps, steps=4, provenance={"tokens": 100 + seed}
+        fingerprint(model),
+        layers,
+        dense_steps=dense_steps,
+        dense_last_steps=last,
+        steps=4,
+        provenance={"tokens": 100 + seed},
     )
 
 
@@ -124,11 +129,12 @@ def edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 3}, "upgrade lynx-compile"),
-        ({"schema": 1}, "calibrate again"),
+        ({"schema": 4}, "upgrade lynx-compile"),
+        ({"schema": 2}, "calibrate again"),
         ({"format": "other"}, "not a Lynx profile"),
         ({"compensation": "magic"}, "compensation"),
         ({"dense_steps": -1}, "dense_steps"),
+        ({"dense_last_steps": True}, "dense_last_steps"),
         ({"steps": 10**400}, "steps"),
         ({"layers": []}, "layers"),
         ({"provenance": {"changed": 1}}, "digest"),
@@ -298,7 +304,7 @@ def test_dense_steps_switch_between_two_graphs(folder: Path) -> None:
     from lynx_compile.calibration import emulate
 
     model, x = make_model(), torch.randn(2, 40, 64)
-    profile = make_profile(model, dense_steps=2)
+    profile = make_profile(model, dense_steps=1, last=1)
     with torch.no_grad():
         dense = model(x)
         with emulate(model, {n: b.to("cpu", torch.float32) for n, b in profile.sparse_layers().items()}):
@@ -310,7 +316,7 @@ def test_dense_steps_switch_between_two_graphs(folder: Path) -> None:
         compiled = torch.compile(model, backend="rt_lynx", options=options, fullgraph=True)
         for _ in range(3):
             for step, time in enumerate((1.0, 0.75, 0.5, 0.25)):
-                expected = dense if step < 2 else sparse
+                expected = dense if step in (0, 3) else sparse
                 torch.testing.assert_close(compiled(x, timestep=torch.tensor([time, time])), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 2
 
@@ -328,14 +334,14 @@ class Pipe:
 
 def test_dense_steps_follow_the_scheduler_and_scale_with_its_steps() -> None:
     pipe = Pipe(make_model())
-    apply_profile(pipe, make_profile(pipe.transformer, dense_steps=1))  # 1 of 4, so 2 of 8
+    apply_profile(pipe, make_profile(pipe.transformer, dense_steps=1, last=1))  # of 4, so 2 of 8
     switch = pipe.transformer.blocks[0].up.lynx_switch
     seen = []
-    for index in (None, 1, 2, 3, None):
+    for index in (None, 1, 2, 3, 5, 6, 7, None):
         pipe.scheduler.step_index = index
         pipe.transformer(torch.randn(1, 4, 64))
         seen.append(switch.dense)
-    assert seen == [True, True, False, False, True]
+    assert seen == [True, True, False, False, False, True, True, True]
 
 
 def test_refuses_other_models(folder: Path) -> None:
@@ -364,6 +370,9 @@ def test_diff_and_merge(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(both.layers["blocks.0.up"].branch.shift, expected)
     save_profile(both, tmp_path / "merged")
     assert load_profile(tmp_path / "merged").layers["blocks.0.up"].branch.rank == 16
+    first.dense_steps, second.dense_last_steps, second.steps = 1, 3, 8
+    both = merge(first, second)
+    assert (both.dense_steps, both.dense_last_steps, both.steps) == (1, 2, 4)
     with pytest.raises(ProfileError, match="different models"):
         merge(first, make_profile(make_model(seed=1)))
 

@@ -3,7 +3,7 @@
     python examples/emoji_flux/make_profile.py            # 13 minutes on 2 busy CPU cores
 
 What stays dense is `rt-lynx eval`'s choice at 85% (docs/results/quality_emoji.json, 512 prompts on a GPU),
-without its dense first step. `rt-lynx calibrate emoji --speed …` chooses anew, which takes a GPU's patience.
+without its dense steps. `rt-lynx calibrate emoji --speed …` chooses anew, which takes a GPU's patience.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "profile")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
 

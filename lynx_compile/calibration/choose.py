@@ -23,6 +23,8 @@ from .sensitivity import Sensitivity, gram_of
 
 STEP_COUNTS = (0, 1, 2, 3, 4)  # of dense first steps to choose from
 TRIALS = 8  # exchanges measured a round
+# What the last step does wrong stays in the picture, as grain: no later step removes it.
+DENSE_LAST_STEPS = 1
 
 
 @dataclass
@@ -49,12 +51,18 @@ class Chooser:
         """The choice with its measured error."""
         chosen = np.flatnonzero(self.problem.members(choice)).tolist()
         layers = {self.problem.ways[i].layer: self.forwards[i] for i in chosen}
-        measured = self.study.sample(layers, lambda call: self._step(call) >= choice.dense_steps)
-        return replace(choice, measured=measured)
+        steps = self.problem.steps
+        sparse = self.study.calls_between(choice.dense_steps, steps - choice.dense_last_steps, steps)
+        return replace(choice, measured=self.study.sample(layers, sparse))
 
-    def _step(self, call: int) -> int:
-        """Guidance may call the transformer several times a step, always as often."""
-        return call * self.problem.steps // self.study.calls_per_run
+    def ending(self, dense_last_steps: int) -> Chooser:
+        """The same with another number of dense last steps in every choice."""
+        problem, within = (
+            None if p is None else replace(p, dense_last_steps=dense_last_steps)
+            for p in (self.problem, self.within)
+        )
+        assert problem is not None
+        return Chooser(self.study, problem, self.forwards, within)
 
     def choose(
         self,
@@ -126,16 +134,22 @@ def _measured(choice: Choice) -> float:
     return choice.measured
 
 
+def usual_last_steps(steps: int) -> int:
+    """How many last steps of a run stay dense unless told otherwise."""
+    return min(DENSE_LAST_STEPS, steps - 1)
+
+
 def problem_of(
     costs: Costs,
     ways: Sequence[tuple[str, int]],
     gram: np.ndarray,
     steps: int,
     step_factors: Mapping[int, float] | None = None,
+    dense_last_steps: int = 0,
 ) -> Problem:
     """ways: (layer, leading tokens of each sample that stay dense), in the order of gram."""
     listed = [Way(name, tokens, (costs.rows_saved if tokens else costs.saved)[name]) for name, tokens in ways]
-    return Problem(listed, gram, costs.dense_time, steps, step_factors or {0: 1.0})
+    return Problem(listed, gram, costs.dense_time, steps, step_factors or {0: 1.0}, dense_last_steps)
 
 
 def chooser_for(
@@ -145,20 +159,30 @@ def chooser_for(
     device: str,
     share: float = 0.85,
     text_rows: Mapping[str, int] | None = None,
+    dense_last_steps: int | None = None,
 ) -> Chooser:
     """Measure every layer's and the first steps' effect, note them in the profile, and return a chooser.
 
     device: whose times count, or "flops".  share: of the saving at which the effect of dense first steps is
     measured; it depends on what else is dense.  text_rows: layer → leading rows that are text and may stay
-    dense while the others are sparse.
+    dense while the others are sparse.  dense_last_steps: of every choice, and of all that is measured;
+    `usual_last_steps` by default. Raises ValueError when they leave no sparse step.
     """
+    if dense_last_steps is None:
+        dense_last_steps = usual_last_steps(profile.steps)
+    if dense_last_steps >= profile.steps:
+        raise ValueError(
+            f"{dense_last_steps} dense last steps leave none of {profile.steps} sparse; take fewer"
+        )
     text = text_rows or {}
     ways = [(name, 0) for name in branches] + [(name, tokens) for name, tokens in text.items()]
     forwards = [replace(branches[name], dense_tokens=tokens) for name, tokens in ways]
     units = {
         f"{name} {tokens}": {name: forward} for (name, tokens), forward in zip(ways, forwards, strict=True)
     }
-    gram = gram_of(study.deviations(units)).numpy()
+    steps = profile.steps
+    sparse = study.calls_between(0, steps - dense_last_steps, steps)
+    gram = gram_of(study.deviations(units, sparse)).numpy()
     for i, (name, tokens) in enumerate(ways):
         sensitivity = profile.layers[name].sensitivity
         if tokens:
@@ -167,22 +191,24 @@ def chooser_for(
             sensitivity["sample"] = float(gram[i, i]) ** 0.5
             sensitivity["velocity"] = study.velocity({name: forwards[i]}).velocity
     costs = costs_of(profile, study.workload.model, device, text)
-    added = Chooser(study, problem_of(costs, ways, gram, profile.steps), forwards)
+    problem = problem_of(costs, ways, gram, steps, dense_last_steps=dense_last_steps)
+    added = Chooser(study, problem, forwards)
     fastest = min(point.time for point in added.points())
     likely = pick(added.points(), speed=1 / (1 - share * (1 - fastest)))
     members = added.problem.members(likely)
     layers = {ways[i][0]: forwards[i] for i in np.flatnonzero(members).tolist()}
-    measured = study.steps(layers, STEP_COUNTS)
+    counts = [n for n in STEP_COUNTS if n + dense_last_steps < steps]
+    measured = study.steps(layers, counts, steps, dense_last_steps)
     profile.studies["dense_first_steps"] = {str(n): list(errors) for n, errors in measured.items()}
     together = max(measured[0][0], 1e-9)
-    factors = {n: (errors[0] / together) ** 2 for n, errors in measured.items() if n < profile.steps}
+    factors = {n: (errors[0] / together) ** 2 for n, errors in measured.items()}
     alone = float(np.diag(gram)[members].sum())
     # How far effects of one direction add up: not at all where the picture can only be so wrong.
     adding = (together**2 - alone) / (likely.error**2 - alone) if likely.error**2 != alone else 0.0
     adding = min(max(adding, 0.0), 1.0)
     own = np.diag(np.diag(gram))
-    problem = problem_of(costs, ways, own + adding * (gram - own), profile.steps, factors)
-    within = _within(study, ways, layers, np.diag(gram), together**2)
+    problem = problem_of(costs, ways, own + adding * (gram - own), steps, factors, dense_last_steps)
+    within = _within(study, ways, layers, np.diag(gram), together**2, sparse)
     profile.studies["interactions"] = {
         "sum_of_own": alone**0.5,
         "sum_of_vectors": likely.error,
@@ -199,6 +225,7 @@ def _within(
     layers: Mapping[str, Forward],
     alone: np.ndarray,
     whole: float,
+    sparse_calls: Callable[[int], bool],
 ) -> list[float]:
     """The squared error that each layer of a set takes off by turning dense, (U,).
 
@@ -207,7 +234,7 @@ def _within(
     gains = {}
     for name in layers:
         rest = {other: forward for other, forward in layers.items() if other != name}
-        gains[name] = max(whole - study.sample(rest) ** 2, 0.0)
+        gains[name] = max(whole - study.sample(rest, sparse_calls) ** 2, 0.0)
     of_way = dict(zip(ways, alone.tolist(), strict=True))
     taken = {name: of_way[name, getattr(forward, "dense_tokens", 0)] for name, forward in layers.items()}
     usual = sum(gains.values()) / max(sum(taken.values()), 1e-30)
@@ -223,4 +250,4 @@ def apply_choice(profile: Profile, choice: Choice) -> None:
         known = "" if effect is None else f", alone {effect:.3f} of the final sample"
         layer.reason = f"chosen by end-to-end sensitivity{known}"
         layer.branch = replace(layer.branch, dense_tokens=choice.sparse.get(name, 0))
-    profile.dense_steps = choice.dense_steps
+    profile.dense_steps, profile.dense_last_steps = choice.dense_steps, choice.dense_last_steps

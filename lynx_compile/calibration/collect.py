@@ -1,12 +1,14 @@
 """Run a workload and gather the moments of what its linear layers read: in passes, resumable, data-parallel.
 
 Pass 0 runs an eighth of the batches and finds which layers read tokens, which read the same tensor, and every
-input's mean (the shift). Later passes gather moments for as many distinct inputs as the memory budget holds.
+input's mean (the shift); where no mean is wanted, one call tells the rest. Later
+passes gather moments for as many distinct inputs as the memory budget holds.
 Batches are dealt out to the processes of the default group in turn; sums are reduced at the end of each pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -149,12 +151,19 @@ class Collector:
 
         def see(name: str, x: Tensor) -> None:
             found.tokens.setdefault(name, x.shape[-2] if x.dim() > 2 else 1)
-            if is_candidate(name, x, self.linears[name].out_features) and readers.see(name, x) == name:
+            if not is_candidate(name, x, self.linears[name].out_features):
+                return
+            if readers.see(name, x) == name and self.shifted:
                 mean = sums.setdefault(name, InputMean.zeros(x.shape[-1], x.device))
                 mean.update(spread_over(rows_of(x, self.dense_tokens.get(name, 0)), self.most_rows))
 
+        def end() -> None:
+            readers.end_of_call()
+            if not self.shifted:
+                raise _Enough
+
         batches = range(self.rank, -(-len(self.workload) // MEAN_SHARE), self.world)
-        with Hooks(self.workload.model, self.linears, see, readers.end_of_call):
+        with Hooks(self.workload.model, self.linears, see, end), contextlib.suppress(_Enough):
             for batch in self._progress("inputs and means", batches):
                 self.workload.run(batch)
         found.groups = readers.groups()
@@ -288,6 +297,10 @@ class Collector:
 
 def _keys(file: Any) -> list[str]:
     return list(file.keys())
+
+
+class _Enough(Exception):
+    """Ends a run of the model when what it was run for is known."""
 
 
 class _Nothing:

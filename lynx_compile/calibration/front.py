@@ -30,11 +30,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Choice:
-    """One point of the front: sparse layers, dense first steps, and what is expected of them.
+    """One point of the front: sparse layers, dense steps at both ends, and what is expected of them.
 
     sparse: layer → leading tokens of each sample that stay dense in it, 0 for none.  time: of all linear
     layers over a run, relative to all dense.  error: expected relative error of the final sample.
-    measured: the same, measured; None before.
+    measured: the same, measured; None before.  dense_last_steps: of the run, dense as the first ones are.
     """
 
     sparse: Mapping[str, int]
@@ -42,6 +42,7 @@ class Choice:
     time: float
     error: float
     measured: float | None = None
+    dense_last_steps: int = 0
 
     @property
     def speed(self) -> float:
@@ -53,7 +54,7 @@ class Problem:
     """ways, gram (U, U): inner products of what each does to the final sample, over the sample's energy.
 
     dense_time: of all linear layers.  step_factors: n → what is left of the squared error when the first n of
-    `steps` steps run dense (0 → 1).
+    `steps` steps run dense (0 → 1).  dense_last_steps: of every choice.
     """
 
     ways: Sequence[Way]
@@ -61,14 +62,19 @@ class Problem:
     dense_time: float
     steps: int
     step_factors: Mapping[int, float]
+    dense_last_steps: int = 0
 
     def choice(self, members: np.ndarray, dense_steps: int) -> Choice:
         """members: (U,) bool, one way a layer at most."""
         chosen = [self.ways[i] for i in np.flatnonzero(members).tolist()]
-        saved = sum(way.saved for way in chosen) * (self.steps - dense_steps) / self.steps
+        steps = self.steps - dense_steps - self.dense_last_steps
+        saved = sum(way.saved for way in chosen) * steps / self.steps
         square = max(float(members @ self.gram @ members), 0.0) * self.step_factors[dense_steps]
         sparse = {way.layer: way.tokens for way in sorted(chosen, key=lambda way: way.layer)}
-        return Choice(sparse, dense_steps if sparse else 0, 1 - saved / self.dense_time, square**0.5)
+        time = 1 - saved / self.dense_time
+        if not sparse:
+            return Choice(sparse, 0, time, square**0.5)
+        return Choice(sparse, dense_steps, time, square**0.5, dense_last_steps=self.dense_last_steps)
 
     def members(self, choice: Choice) -> np.ndarray:
         return np.array([choice.sparse.get(way.layer) == way.tokens for way in self.ways], dtype=bool)

@@ -155,8 +155,7 @@ def calibrate(
         fingerprint(model),
         dict(sorted(layers.items())),
         compensation,
-        0,
-        steps,
-        {"other_tokens": others},
-        made,
+        steps=steps,
+        studies={"other_tokens": others},
+        provenance=made,
     )

@@ -174,10 +174,19 @@ class Sensitivity:
         energy = sum(float(dense.float().square().sum()) for dense in reference)
         return (torch.cat(parts) / max(energy, 1e-30) ** 0.5).bfloat16()
 
-    def deviations(self, units: Mapping[str, Mapping[str, Forward]]) -> Tensor:
+    def calls_between(self, first: int, end: int, steps: int) -> Callable[[int], bool]:
+        """Whether a call belongs to steps first … end − 1 of `steps`; each step makes as many calls."""
+        self.samples()
+        return lambda call: first <= call * steps // self.calls_per_run < end
+
+    def deviations(
+        self,
+        units: Mapping[str, Mapping[str, Forward]],
+        sparse_steps: Callable[[int], bool] | None = None,
+    ) -> Tensor:
         """Each unit alone sparse: (U, D) bf16, one row a unit."""
         wanted = track(units.values(), "effects on the sample", disable=self.quiet, transient=True)
-        return torch.stack([self.deviation(layers) for layers in wanted])
+        return torch.stack([self.deviation(layers, sparse_steps) for layers in wanted])
 
     def measure(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> dict[str, Effect]:
         """Each unit alone sparse: unit → effect."""
@@ -192,12 +201,18 @@ class Sensitivity:
             )
         return effects
 
-    def steps(self, layers: Mapping[str, Forward], counts: Sequence[int]) -> dict[int, tuple[float, float]]:
-        """n → the final sample's error with the first n calls dense, and with all but the first n dense."""
+    def steps(
+        self, layers: Mapping[str, Forward], counts: Sequence[int], steps: int, dense_last_steps: int = 0
+    ) -> dict[int, tuple[float, float]]:
+        """n → the final sample's error with the first n of `steps` dense, and with only these sparse.
+
+        dense_last_steps: dense besides.
+        """
+        end = steps - dense_last_steps
         return {
             n: (
-                self.sample(layers, lambda call, n=n: call >= n),  # type: ignore[misc]
-                self.sample(layers, lambda call, n=n: call < n),  # type: ignore[misc]
+                self.sample(layers, self.calls_between(n, end, steps)),
+                self.sample(layers, self.calls_between(0, min(n, end), steps)),
             )
             for n in counts
         }

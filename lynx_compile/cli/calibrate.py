@@ -45,6 +45,12 @@ def calibrate_(
     speed: Annotated[
         float | None, typer.Option(min=1, help="Least error at this speed of the linear layers.")
     ] = None,
+    dense_last: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Last steps that stay dense, 1 by default: what they do wrong, no later step mends."
+        ),
+    ] = None,
     costs: Annotated[str, typer.Option(help='Cost table, as "h200", or "flops".')] = "h200",
     text_rows: Annotated[
         list[str] | None,
@@ -68,6 +74,8 @@ def calibrate_(
         raise typer.BadParameter(
             "--held-out 0 leaves no prompts to measure what --max-error and --speed ask for; give 1 or more"
         )
+    if chooses and dense_last is not None and dense_last >= steps:
+        raise typer.BadParameter(f"--dense-last {dense_last} leaves none of --steps {steps} sparse; lower it")
     rows = _text_rows(text_rows)
     if rows and not chooses:
         raise typer.BadParameter("--text-rows is for the choice that --max-error or --speed asks for")
@@ -107,6 +115,7 @@ def calibrate_(
             speed,
             costs,
             rows,
+            dense_last,
         )
     if rank_ == 0:
         save_profile(profile, out)
@@ -214,9 +223,10 @@ def _choose(
     speed: float | None,
     costs: str,
     text_rows: dict[str, int],
+    dense_last: int | None,
 ) -> list[Choice]:
     """Measure, choose, write both into the profile; returns the front and what was measured."""
-    from ..calibration.choose import apply_choice, chooser_for
+    from ..calibration.choose import apply_choice, chooser_for, usual_last_steps
     from ..calibration.costs import costs_of
     from ..calibration.sensitivity import Sensitivity
     from ..calibration.text_rows import joint_text_rows
@@ -229,13 +239,14 @@ def _choose(
         table = costs_of(profile, held_out.model, costs, rows)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    _check_reach(table.fastest, costs, speed)
+    last = usual_last_steps(profile.steps) if dense_last is None else dense_last
+    _check_reach(table.fastest(1 - last / profile.steps), costs, speed)
     ways = len(branches) + len(rows)
     seconds = study.estimate_s(branches, "layer") * ways / len(branches)
     console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, then some runs to choose")
     measured: list[Choice] = []
     try:
-        chooser = chooser_for(study, profile, branches, costs, text_rows=rows)
+        chooser = chooser_for(study, profile, branches, costs, text_rows=rows, dense_last_steps=last)
         choice = chooser.choose(max_error=max_error, speed=speed, note=measured.append)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -244,6 +255,6 @@ def _choose(
     console.print(
         f"expected error {choice.error:.4f}, measured {choice.measured:.4f}, speed {choice.speed:.2f}×; "
         f"{len(choice.sparse)} of {len(branches)} layers sparse, {texts} of them with dense text rows, "
-        f"first {choice.dense_steps} of {profile.steps} steps dense"
+        f"first {choice.dense_steps} and last {choice.dense_last_steps} of {profile.steps} steps dense"
     )
     return [*chooser.points(), *measured]

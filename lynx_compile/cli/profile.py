@@ -65,7 +65,8 @@ def show(folder: Folder) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"compensation {profile.compensation}; first {profile.dense_steps} of {profile.steps} steps dense"
+        f"compensation {profile.compensation}; first {profile.dense_steps} and last "
+        f"{profile.dense_last_steps} of {profile.steps} steps dense"
     )
     for key, value in profile.provenance.items():
         console.print(f"{key}: {value}", markup=False)

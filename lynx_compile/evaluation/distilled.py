@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from ..calibration.amplification import amplification
@@ -34,19 +34,18 @@ def distilled(ground: Ground) -> Iterator[Method]:
     study = Sensitivity(few, calls=1, quiet=True)
 
     def judge(branches: Mapping[str, Branch]) -> float:
-        return study.sample(placed(branches, model), lambda call: step_of(call) >= choice.dense_steps)
+        return study.sample(placed(branches, model), trained())
 
-    def step_of(call: int) -> int:
-        return call * s.steps // study.calls_per_run
+    def trained() -> Callable[[int], bool]:
+        return study.calls_between(choice.dense_steps, s.steps - choice.dense_last_steps, s.steps)
 
     clock = Clock(ours.seconds + ground.choosing.seconds)
     with clock.running():
         calls = record(ground.training, quiet=True)
         guidance = guidance_of(ground.training, calls)
         weights = amplification(few, placed(start, model), guidance)
-        study.samples()
         # The root: amplification itself leaves the later steps untrained, and the sample gains less.
-        weights = [w**0.5 if step_of(i) >= choice.dense_steps else 0.0 for i, w in enumerate(weights)]
+        weights = [w**0.5 if trained()(i) else 0.0 for i, w in enumerate(weights)]
         found = distill_jointly(
             model,
             calls,
@@ -68,8 +67,9 @@ def distilled(ground: Ground) -> Iterator[Method]:
         "weights_of_steps": weights,
         "guidance": guidance,
     }
+    ends = choice.dense_steps, choice.dense_last_steps
     title = f"{OURS} r{ground.rank} + SL end to end, {s.main_share:.0%} + joint distillation"
-    yield Method(title, placed(found.branches, model), clock.seconds, ground.rank, choice.dense_steps)
+    yield Method(title, placed(found.branches, model), clock.seconds, ground.rank, *ends)
 
 
 def guidance_of(workload: Pipeline, calls: list[Call]) -> float | None:

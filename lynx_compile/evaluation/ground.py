@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.choose import Chooser, chooser_for
+from ..calibration.choose import Chooser, chooser_for, usual_last_steps
 from ..calibration.costs import FLOPS, Costs, costs_of
 from ..calibration.front import Choice
 from ..calibration.refine import Call, record, split_calls
@@ -83,7 +83,7 @@ class Ground:
         self.training = self.workload(settings.distill_prompts, 0)
         self.validation = self.workload(settings.validation_prompts, training)
         self.recording, self.choosing = Clock(), Clock()
-        self._choices: dict[float, Choice] = {}
+        self._choices: dict[tuple[float, int], Choice] = {}
         self._closed: dict[str, Closed] = {}
         self.measured: list[Choice] = []  # every choice that was measured
 
@@ -107,25 +107,33 @@ class Ground:
         """What `calibrate` makes."""
         return self._calibrated(rank=rank)
 
-    def lora(self, rank: int, prompts: int | None = None) -> Closed:
+    def lora(self, rank: int, prompts: int | None = None, steps: int | None = None) -> Closed:
         """Norm compensation and a LoRA branch of each layer's own, no shift: what the paper trains."""
-        return self._calibrated(prompts, rank=rank, shift=False, deflate=False, shared=False)
+        return self._calibrated(prompts, steps, rank=rank, shift=False, deflate=False, shared=False)
 
-    def _calibrated(self, prompts: int | None = None, **options: Any) -> Closed:
+    def _calibrated(self, prompts: int | None = None, steps: int | None = None, **options: Any) -> Closed:
         s = self.settings
-        count = prompts or s.calibration_prompts
-        called = (
-            f"calibrate({count} prompts, {', '.join(f'{name}={value}' for name, value in options.items())})"
-        )
+        count, of_run = prompts or s.calibration_prompts, steps or s.calibration_steps
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        called = f"calibrate({count} prompts × {of_run} steps, {given})"
         if not self._closed:  # what is loaded on first use is no method's time
             calibrate(self.workload(1, 0, steps=1), rank=1, deflate=False, quiet=True)
         if called not in self._closed:
-            workload, clock = self.workload(count, 0, steps=s.calibration_steps), Clock()
+            workload, clock = self.workload(count, 0, steps=of_run), Clock()
             with clock.running():
                 profile = calibrate(workload, steps=s.steps, quiet=True, **options)
             self.log(f"{called}: {clock.seconds:.1f} s")
             self._closed[called] = Closed(profile, branches_of(profile, self.model), clock.seconds)
         return self._closed[called]
+
+    def last_steps(self, share: float) -> int:
+        """Dense last steps of what is chosen at this share, which has to leave room for them."""
+        last, steps = usual_last_steps(self.settings.steps), self.settings.steps
+        return last if share <= self._most * (steps - last) / steps else 0
+
+    @property
+    def _most(self) -> float:
+        return 2 * sum(self.costs.saved.values()) / self.costs.dense_time
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +148,7 @@ class Ground:
     @cached_property
     def shares(self) -> tuple[float, ...]:
         """Those of the settings that are within reach: some layers are never sparse."""
-        most = 2 * sum(self.costs.saved.values()) / self.costs.dense_time
+        most = self._most
         beyond = [share for share in self.settings.shares if share > most]
         if beyond:
             listed = ", ".join(f"{share:.0%}" for share in beyond)
@@ -166,7 +174,8 @@ class Ground:
             study = Sensitivity(self.validation, calls=5, quiet=True)
             text = joint_text_rows(study, self.names)
             ours = self.ours(self.rank)
-            made = chooser_for(study, ours.profile, ours.branches, FLOPS, self.settings.main_share, text)
+            share = self.settings.main_share
+            made = chooser_for(study, ours.profile, ours.branches, FLOPS, share, text, self.last_steps(share))
         self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
         self.studies["sensitivity"] = sensitivity_study(study, ours.profile, ours.branches)
         return made
@@ -187,23 +196,29 @@ class Ground:
             apart = set(details["text_rows_dense"])
             sparse = [name for name in self.names if name not in details["dense_layers"]]
             ways = {name: text[name] if name in apart else 0 for name in sparse}
-            self._choices.setdefault(share, Choice(ways, details.get("dense_steps", 0), 0.0, 0.0))
+            first, last = details.get("dense_steps", 0), details.get("dense_last_steps", 0)
+            choice = Choice(ways, first, 0.0, 0.0, dense_last_steps=last)
+            self._choices.setdefault((share, self.last_steps(share)), choice)
         if not self._choices:
             raise ValueError("the result file holds no choice of layers by end-to-end sensitivity")
 
     def has_chosen(self, share: float) -> bool:
         """Whether `choice(share)` is known without measuring."""
-        return share in self._choices
+        return (share, self.last_steps(share)) in self._choices
 
-    def choice(self, share: float) -> Choice:
-        """What to leave dense so that `share` of FLOPs × steps is sparse, by end-to-end sensitivity."""
-        if share not in self._choices:
-            chooser = self.chooser
+    def choice(self, share: float, dense_last_steps: int | None = None) -> Choice:
+        """What to leave dense so that `share` of FLOPs × steps is sparse, by end-to-end sensitivity.
+
+        dense_last_steps: `last_steps(share)` by default.
+        """
+        key = share, self.last_steps(share) if dense_last_steps is None else dense_last_steps
+        if key not in self._choices:
+            chooser = self.chooser.ending(key[1])
             with self.choosing.running():
-                self._choices[share] = chooser.choose(
+                self._choices[key] = chooser.choose(
                     speed=speed_of(share), rounds=1, note=self.measured.append
                 )
-        return self._choices[share]
+        return self._choices[key]
 
 
 def sensitivity_study(study: Sensitivity, profile: Profile, branches: Mapping[str, Branch]) -> dict[str, Any]:

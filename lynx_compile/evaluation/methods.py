@@ -49,7 +49,8 @@ class PrunedWeight:
 class Method:
     """One row of the table. layers: the forwards of what it makes sparse.  rank: of its branch.
 
-    details: what else to write down of it (JSON values).  shown: whether its pictures join the sheet.
+    dense_steps, dense_last_steps: the first and the last steps in which nothing is sparse.  details: what
+    else to write down of it (JSON values).  shown: whether its pictures join the sheet.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method:
     calibration_s: float = 0.0
     rank: int = 0
     dense_steps: int = 0
+    dense_last_steps: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     shown: bool = True
 
@@ -73,13 +75,14 @@ def ladder(ground: Ground) -> Iterator[Method]:
 
 
 def ruled(ground: Ground) -> Iterator[Method]:
-    """Ours with what the safe rules leave dense (text stream, attention outputs), and the first step too."""
+    """Ours with what the safe rules leave dense (text stream, attention outputs), and a step at an end."""
     names = [name for name in ground.names if class_of(name) not in ("text", "out")]
     for rank in ground.settings.ranks[-2:]:
         ours = ground.ours(rank)
         layers = {name: ours.branches[name] for name in names}
-        for title, steps in (("", 0), (", first step dense", 1)):
-            yield Method(f"{OURS} r{rank}, safe rules{title}", layers, ours.seconds, rank, steps, shown=False)
+        for title, first, last in (("", 0, 0), (", first step dense", 1, 0), (", last step dense", 0, 1)):
+            name = f"{OURS} r{rank}, safe rules{title}"
+            yield Method(name, layers, ours.seconds, rank, first, last, shown=False)
 
 
 def chosen(ground: Ground) -> Iterator[Method]:
@@ -92,6 +95,10 @@ def chosen(ground: Ground) -> Iterator[Method]:
             seconds = ours.seconds + ground.choosing.seconds
             title = f"{OURS} r{r} + SL end to end, {share:.0%}"
             yield method_of(title, choice, ours.branches, seconds, r, share == s.main_share)
+        if share == s.main_share and ground.last_steps(share):
+            title = f"{OURS} r{rank} + SL end to end, {share:.0%}, no last step dense"
+            choice, ours = ground.choice(share, 0), ground.ours(rank)
+            yield method_of(title, choice, ours.branches, ours.seconds + ground.choosing.seconds, rank, True)
     ours = ground.ours(rank)
     errors = {name: layer.error_after or 0.0 for name, layer in ours.profile.layers.items()}
     for share in ground.shares:
@@ -116,7 +123,8 @@ def method_of(
         "dense_layers": sorted(set(branches) - set(choice.sparse)),
         "text_rows_dense": sorted(name for name, rows in choice.sparse.items() if rows),
     }
-    return Method(title, layers, seconds, rank, choice.dense_steps, details, shown)
+    ends = choice.dense_steps, choice.dense_last_steps
+    return Method(title, layers, seconds, rank, *ends, details, shown)
 
 
 def input_statistics(workload: Workload, names: list[str]) -> dict[str, InputStatistics]:

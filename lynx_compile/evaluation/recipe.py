@@ -45,7 +45,9 @@ def _train(ground: Ground, rank: int) -> tuple[dict[str, Branch], float]:
     """Trained branches and the seconds they took; what was seen on the way goes into `ground.studies`."""
     s, model = ground.settings, ground.model
     calls, checks = ground.calls, ground.checks
-    closed = {prompts: ground.lora(rank, prompts) for prompts in sizes(s.calibration_prompts)}
+    closed = {
+        size: ground.lora(rank, *size) for size in sizes(s.calibration_prompts, s.calibration_steps, s.steps)
+    }
     history: list[list[float]] = []
     clock, watched = Clock(), Clock()
     start = 0.0
@@ -73,10 +75,9 @@ def _train(ground: Ground, rank: int) -> tuple[dict[str, Branch], float]:
         )
     seconds = ground.recording.seconds + clock.seconds - watched.seconds
     races: list[dict[str, Any]] = []
-    for prompts, made in closed.items():
+    for (prompts, steps), made in closed.items():
         aim = mean(output_errors(model, checks, made.branches))
-        size = {"prompts": prompts, "steps": s.calibration_steps}
-        races.append({**size, "seconds": round(made.seconds, 3), "error": aim})
+        races.append({"prompts": prompts, "steps": steps, "seconds": round(made.seconds, 3), "error": aim})
         races[-1]["training_to_within"] = reached(aim, history)
         ground.log(f"paper's recipe r{rank}: {seconds:.1f} s; closed form {races[-1]}")
     ground.studies.setdefault("recipe_against_closed_form", {})[f"r{rank}"] = {
@@ -87,9 +88,10 @@ def _train(ground: Ground, rank: int) -> tuple[dict[str, Branch], float]:
     return placed(trained, model), seconds
 
 
-def sizes(prompts: int) -> tuple[int, ...]:
-    """Of the closed form's calibrations: a sixteenth of the prompts, a quarter, all."""
-    return max(prompts // 16, 1), max(prompts // 4, 1), prompts
+def sizes(prompts: int, steps: int, most_steps: int) -> list[tuple[int, int]]:
+    """(prompts, steps of a run) of the closed form's calibrations: less than usual, as usual, more steps."""
+    fewer = [(max(prompts // part, 1), steps) for part in (16, 4)]
+    return list(dict.fromkeys([*fewer, *((prompts, min(n * steps, most_steps)) for n in (1, 2, 4))]))
 
 
 def reached(aim: float, history: list[list[float]]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class Table:
         switch, call, calls = StepSwitch(), [0], self._calls_per_run()
 
         def before(_module: Any, _args: Any) -> None:
-            switch.dense = call[0] * self.steps // calls < method.dense_steps
+            step = call[0] * self.steps // calls
+            switch.dense = not method.dense_steps <= step < self.steps - method.dense_last_steps
             call[0] += 1
 
         handle = model.register_forward_pre_hook(before)
@@ -114,7 +115,10 @@ class Table:
         return torch.cat([workload.run(batch).float() for batch in range(len(workload))])
 
     def share(self, layers: Mapping[str, Forward], dense_steps: int) -> float:
-        """Of all linear FLOPs × steps, those in rows of sparse layers that are sparse."""
+        """Of all linear FLOPs × steps, those in rows of sparse layers that are sparse.
+
+        dense_steps: at both ends together.
+        """
         flops = {
             name: self.tokens[name] * self.shapes[name][0] * self.shapes[name][1] for name in self.tokens
         }
@@ -155,17 +159,19 @@ class Table:
         quality: Kid | None = None
         if self.real_features is not None:
             quality = kid(self._features(pictures), self.real_features)
+        ends = method.dense_steps + method.dense_last_steps
         details: dict[str, Any] = {"psnr_db_ci": [apart.psnr.low, apart.psnr.high], **method.details}
         if method.rank:
             widths = sorted({self.shapes[name][1] for name in method.layers})
             details |= {"rank": method.rank, "rank_share_of_k": [method.rank / k for k in widths]}
-            if added := self.branch_share(method.layers, method.dense_steps):
+            if added := self.branch_share(method.layers, ends):
                 details["branch_flops_share"] = added
-        if method.dense_steps:
-            details["dense_steps"] = method.dense_steps
+        for end in ("dense_steps", "dense_last_steps"):
+            if steps := getattr(method, end):
+                details[end] = steps
         row = Row(
             method.name,
-            self.share(method.layers, method.dense_steps),
+            self.share(method.layers, ends),
             apart.psnr.value,
             apart.ssim.value,
             apart.error.value,

@@ -23,11 +23,10 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
     """Attach a profile to a transformer or a pipeline's; `torch.compile(…, backend="rt_lynx")` picks it up.
 
     profile: as loaded, a folder, or a hub id ("user/name"). Layers the profile keeps dense are marked so;
-    where nothing was chosen the backend's safe defaults decide.
-    With dense first steps a hook on the transformer follows the schedule (give the pipeline rather than its
-    transformer: then the hook reads the scheduler and needs no device synchronisation). A profile applied
-    before is removed. check_weights=False accepts a finetune of the calibrated model: same layers, other
-    weights.
+    where nothing was chosen the backend's safe defaults decide. With dense first or last steps a hook on the
+    transformer follows the schedule (give the pipeline rather than its transformer: then the hook reads the
+    scheduler and needs no device synchronisation). A profile applied before is removed. check_weights=False
+    accepts a finetune of the calibrated model: same layers, other weights.
 
     Raises TypeError for what is no profile, ProfileError when it was made for another model or does not load.
     """
@@ -44,7 +43,7 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
     check_fits(model, profile, check_weights=check_weights)
     remove_profile(model)
     linears = linear_layers(model)
-    switch = StepSwitch() if profile.dense_steps else None
+    switch = StepSwitch() if profile.dense_steps or profile.dense_last_steps else None
     shared = _Shared()
     for name, layer in profile.layers.items():
         module = linears[name]
@@ -64,7 +63,8 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
     handle = None
     if switch is not None:
         pipe = target if target is not model and hasattr(target, "scheduler") else None
-        tracker = StepTracker(switch, profile.dense_steps, profile.steps, pipe)
+        ends = profile.dense_steps, profile.dense_last_steps
+        tracker = StepTracker(switch, *ends, profile.steps, pipe)
         handle = model.register_forward_pre_hook(tracker, with_kwargs=True)
     model.__dict__[_STATE] = (list(profile.layers), handle)
     return profile

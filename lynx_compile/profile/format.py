@@ -10,7 +10,7 @@ from .branch import Branch
 from .errors import ProfileError
 from .fingerprint import Fingerprint
 
-SCHEMA = 2
+SCHEMA = 3
 FORMAT = "lynx-profile"
 DAMAGED = "the file is damaged or was edited by hand; fetch it again or calibrate again"
 
@@ -48,14 +48,16 @@ class Layer:
 class Profile:
     """What a calibration found for one model.
 
-    compensation: as in `runtime.semantics`.  dense_steps of steps: the first ones run dense.  studies:
-    measured tables behind the decisions (JSON values).  provenance: what made the profile (JSON values).
+    compensation: as in `runtime.semantics`.  dense_steps, dense_last_steps of steps: the
+    first and the last ones run dense.  studies: measured tables behind the decisions (JSON values).
+    provenance: what made the profile (JSON values).
     """
 
     model: Fingerprint
     layers: dict[str, Layer]
     compensation: str = "norm"
     dense_steps: int = 0
+    dense_last_steps: int = 0
     steps: int = 20
     studies: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +79,7 @@ def to_json(profile: Profile) -> dict[str, Any]:
         },
         "compensation": profile.compensation,
         "dense_steps": profile.dense_steps,
+        "dense_last_steps": profile.dense_last_steps,
         "steps": profile.steps,
         "layers": {name: _layer_to_json(layer) for name, layer in profile.layers.items()},
         "studies": profile.studies,
@@ -138,6 +141,7 @@ def from_json(data: Any, file: str) -> tuple[Profile, dict[str, Described]]:
         {name: described.layer for name, described in layers.items()},
         top.choice("compensation", COMPENSATIONS),
         top.count("dense_steps"),
+        top.count("dense_last_steps"),
         top.count("steps", least=1),
         top.get("studies", dict),
         top.get("provenance", dict),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,8 +57,8 @@ def merge(first: Profile, second: Profile) -> Profile:
     Each counts by the tokens it saw (`provenance.tokens`). Shifts, scores, errors and sensitivities are
     averaged; LoRA branches are averaged as products B·A and cut back to the larger rank by SVD; deflations as
     projections AᵀA, cut back likewise, with B carried over to the new A. A layer is sparse where both say so;
-    where only one has chosen, it is as that one says. The first dense steps are the larger number. Raises
-    ProfileError for different models or compensations.
+    where only one has chosen, it is as that one says. Of dense steps at each end the larger number counts, of
+    as many steps as the first has. Raises ProfileError for different models or compensations.
     """
     _same_model(first, second)
     if first.compensation != second.compensation:
@@ -69,14 +70,17 @@ def merge(first: Profile, second: Profile) -> Profile:
         )
     tokens = [max(int(p.provenance.get("tokens", 1)), 1) for p in (first, second)]
     weight = tokens[0] / sum(tokens)
-    share = [p.dense_steps / p.steps for p in (first, second)]
-    later = first if share[0] >= share[1] else second
+    ends = [
+        max(getattr(first, end), math.ceil(getattr(second, end) * first.steps / second.steps))
+        for end in ("dense_steps", "dense_last_steps")
+    ]
     return Profile(
         first.model,
         {name: _merge_layer(layer, second.layers[name], weight) for name, layer in first.layers.items()},
         first.compensation,
-        later.dense_steps,
-        later.steps,
+        dense_steps=ends[0],
+        dense_last_steps=ends[1],
+        steps=first.steps,
         provenance={"merged": [first.provenance, second.provenance], "tokens": sum(tokens)},
     )
 

@@ -1,4 +1,4 @@
-"""Dense first steps in an unmodified pipeline: a hook in front of the transformer that follows the schedule.
+"""Dense first and last steps in an unmodified pipeline: a hook before the transformer follows the schedule.
 
 The switch it sets is read by every prepared layer. Under `torch.compile` Dynamo guards on it, so a model gets
 two compiled variants over one set of weights, each compiled once; hooks run outside the compiled graph.
@@ -24,15 +24,19 @@ class StepSwitch:
 
 
 class StepTracker:
-    """Sets `switch.dense` before each call of the transformer: on during the first steps of a run.
+    """Sets `switch.dense` before each call of the transformer: on during a run's first and last steps.
 
-    dense_steps, steps: how many of how many denoising steps were dense when the profile was made; another
-    number of steps scales the first, rounded up. scheduler: read for the step, at no cost; without one the
-    step is told by the transformer's `timestep` argument, which costs one device synchronisation a call.
+    dense_steps, dense_last_steps, steps: how many of how many denoising steps were dense when the profile was
+    made; another number of steps scales both, rounded up. pipe: its scheduler is read for the step, at no
+    cost; without one the step is told by the transformer's `timestep` argument, which costs one device
+    synchronisation a call, and runs are taken to have `steps` steps.
     """
 
-    def __init__(self, switch: StepSwitch, dense_steps: int, steps: int, pipe: Any = None) -> None:
-        self.switch, self.dense_steps, self.steps = switch, dense_steps, steps
+    def __init__(
+        self, switch: StepSwitch, dense_steps: int, dense_last_steps: int, steps: int, pipe: Any = None
+    ) -> None:
+        self.switch, self.steps = switch, steps
+        self.dense_steps, self.dense_last_steps = dense_steps, dense_last_steps
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         self._last: float | None = None
         self._direction = 0.0
@@ -52,7 +56,9 @@ class StepTracker:
             total = getattr(scheduler, "num_inference_steps", None) or self.steps
         else:
             step, total = self._from_timestep(module, args, kwargs), self.steps
-        self.switch.dense = step < math.ceil(self.dense_steps * total / self.steps)
+        first = math.ceil(self.dense_steps * total / self.steps)
+        last = math.ceil(self.dense_last_steps * total / self.steps)
+        self.switch.dense = step < first or step >= total - last
 
     def _from_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Timesteps move one way during a run, up or down by pipeline; turning back starts the next run."""
