@@ -254,6 +254,18 @@ def levers_besides(result: Result) -> list[str]:
     return [*lines, "", _source({**study, "device": result["device"]}, note)]
 
 
+def levers_chosen(result: Result) -> list[str]:
+    """What else was tried on the set that the chooser found, each with its KID."""
+    lines = _head(["changed", "sparse", "branch", "PSNR, dB", "error (95%)", "KID (95%)"])
+    study = result["studies"]["chosen_set"]
+    for row in study["rows"]:
+        shares = f"{row['sparse_flops_share']:.1%}", f"{row['branch_flops_share']:.0%}"
+        cells = [*shares, f"{row['psnr_db']:.1f}"]
+        cells += [_interval(row, key, 3) for key in ("latent_rel_err", "kid")]
+        lines.append(_line([row["method"], *cells]))
+    return [*lines, "", _source({**study, "device": result["device"]}, study["what"])]
+
+
 def distillation(result: Result) -> list[str]:
     """What joint distillation does to the loss it trains on."""
     lines = _head(["start and rate", "s", "held-out loss before", "after"])
@@ -332,6 +344,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "quality": ("quality_emoji.json", quality),
     "levers": ("levers_emoji.json", levers),
     "levers-besides": ("levers_emoji.json", levers_besides),
+    "levers-chosen": ("levers_emoji.json", levers_chosen),
     "distillation": ("levers_emoji.json", distillation),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),

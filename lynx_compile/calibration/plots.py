@@ -93,8 +93,9 @@ def _steps(measured: dict[str, list[float]], path: Path) -> Path:
 def _front(points: Sequence[Choice], path: Path) -> Path:
     plot = _pyplot()
     figure, axis = plot.subplots(figsize=(6, 4))
-    axis.plot([c.speed for c in points], [c.error for c in points], ".-", label="expected")
     measured = [c for c in points if c.measured is not None]
+    expected = [c for c in points if c.measured is None]
+    axis.plot([c.speed for c in expected], [c.error for c in expected], ".-", label="expected")
     if measured:
         axis.plot([c.speed for c in measured], [c.measured for c in measured], "x", label="measured")
     axis.set_xlabel("predicted speed of the linear layers")
