@@ -97,7 +97,7 @@ def _shapes(variant: Variant, k: int, clusters: bool) -> list[tuple[int, int, in
     if variant.rank > 64:
         return [(2, 3, 1, 1), (2, 5, 1, 1)]
     if clusters and variant.rank == 64 and variant.producer == "identity" and not any(variant.storage):
-        return [(4, 3, 1, 4), (5, 3, 1, 4), (2, 5, 1, 1)]
+        return [(4, 3, 1, 4), (5, 3, 1, 1), (2, 5, 1, 1)]
     if clusters and variant.rank == 64 and (heavy or variant.producer in semantics.ACTIVATIONS):
         if heavy or any(variant.storage):
             return [(4, 2 if sum(map(bool, variant.storage)) > 2 else 3, 1, 4), (5, 2, 1, 1), (2, 6, 1, 4)]
