@@ -104,6 +104,20 @@ def test_deflation_is_shared_only_with_one_down_projection():
         attach(model.q, down=common, up=torch.randn(32, 16), deflated=17)
 
 
+@pytest.mark.parametrize("deflated", [(16, 0), (0, 16), (16, 8), (16, 16)])
+def test_layers_of_one_down_projection_deflate_each_as_it_says(deflated):
+    model, common = Two(), data()["down"].double()
+    want = []
+    for layer, count in zip((model.q, model.k), deflated, strict=True):
+        up = torch.randn(layer.out_features, 16, dtype=torch.float64, generator=G)
+        attach(layer, down=common, up=up, decision="sparse", deflated=count)
+        s = semantics.sparsify(X.reshape(-1, 64), lora_down=common, deflated=count)
+        y = semantics.sparse_linear(s.pruned, s.scale, s.t, layer.weight, lora_up=up, bias=layer.bias)
+        want.append(y.reshape(2, 6, -1))
+    got = torch.compile(model, backend="rt_lynx", fullgraph=True, options=OPTIONS)(X)
+    torch.testing.assert_close(got, torch.cat(want, -1))
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
