@@ -131,10 +131,12 @@ def compilation(result: Result) -> list[str]:
 
 def shapes(result: Result) -> list[str]:
     """Resolutions and batches on graphs that were compiled once, in the order they came."""
-    lines = _head(["model", "pixels", "batch", "backend", "sparse FLOPs", "graphs so far", "peak, GiB"])
+    columns = ["step, ms", "host, ms", "vs Inductor", "graphs so far", "peak, GiB"]
+    lines = _head(["model", "pixels", "batch", "backend", "sparse FLOPs", *columns])
     for row in result["rows"]:
         cells = [row["model"], str(row["resolution"]), str(row["batch"]), row["backend"]]
-        cells += [f"{row['sparse_flops_share']:.0%}", str(row["graphs"]), f"{row['peak_gib']:.2f}"]
+        cells += [f"{row['sparse_flops_share']:.0%}", f"{row['step_ms']:.1f}", f"{row['host_ms']:.1f}"]
+        cells += [f"**{row['speedup_vs_inductor']:.2f}×**", str(row["graphs"]), f"{row['peak_gib']:.2f}"]
         lines.append(_line(cells))
     return [*lines, "", _source(result, "")]
 
