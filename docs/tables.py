@@ -258,9 +258,19 @@ def levers_besides(result: Result) -> list[str]:
 
 def levers_chosen(result: Result) -> list[str]:
     """What else was tried on the set that the chooser found, each with its KID."""
+    return _chosen_set(result, result["studies"]["chosen_set"]["rows"])
+
+
+def quality_ends(result: Result) -> list[str]:
+    """The rows of the same study that tell what dense steps at either end do."""
+    study = result["studies"]["chosen_set"]
+    return _chosen_set(result, [row for row in study["rows"] if row["method"] in study["in_short"]])
+
+
+def _chosen_set(result: Result, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = _head(["changed", "sparse", "branch", "PSNR, dB", "error (95%)", "KID (95%)"])
     study = result["studies"]["chosen_set"]
-    for row in study["rows"]:
+    for row in rows:
         shares = f"{row['sparse_flops_share']:.1%}", f"{row['branch_flops_share']:.0%}"
         cells = [*shares, f"{row['psnr_db']:.1f}"]
         cells += [_interval(row, key, 3) for key in ("latent_rel_err", "kid")]
@@ -347,6 +357,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "levers": ("levers_emoji.json", levers),
     "levers-besides": ("levers_emoji.json", levers_besides),
     "levers-chosen": ("levers_emoji.json", levers_chosen),
+    "quality-ends": ("levers_emoji.json", quality_ends),
     "distillation": ("levers_emoji.json", distillation),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),

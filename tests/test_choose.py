@@ -134,6 +134,10 @@ def test_choice_is_measured_and_fits_the_error() -> None:
     assert at_speed.measured <= choice.measured
     assert at_speed.measured == min(c.measured for c in told if c.speed >= choice.speed * (1 - 1e-9))
     assert chooser.choose(max_error=0.0).sparse == {}
+    told.clear()
+    best = chooser.choose(speed=1.1, note=told.append)
+    ruled = [c for c in told if set(c.sparse) == {f"blocks.{i}.to_{name}" for i in (0, 1) for name in "qk"}]
+    assert best.measured <= min(c.measured for c in ruled)  # no worse than without a profile
 
 
 class Runs:

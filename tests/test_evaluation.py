@@ -13,7 +13,7 @@ from torch import nn
 from lynx_compile.calibration import Inputs
 from lynx_compile.evaluation.emoji import prompts, to_pictures
 from lynx_compile.evaluation.features import kid
-from lynx_compile.evaluation.ground import Ground, Settings, speed_of
+from lynx_compile.evaluation.ground import Ground, Settings, placed, speed_of
 from lynx_compile.evaluation.methods import Method, weight_methods
 from lynx_compile.evaluation.metrics import MAX_PSNR, Mean, psnr, relative_error, ssim
 from lynx_compile.evaluation.recipe import output_errors, reached
@@ -268,6 +268,18 @@ def test_tables_of_the_documentation() -> None:
     assert len(tables.quality_race(result)) == 2 + 2 * 4 + 2  # two ranks, four sizes
     assert len(tables.quality_classes(result)) == 2 + 5 + 2  # three classes and two blocks
     assert len(tables.quality_steps(result)) == 2 + 3 + 2  # none, one or two of the three before the last
+
+
+def test_layers_keep_what_they_share_when_placed() -> None:
+    model = Model().double()
+    down, shift = torch.randn(8, 64), torch.randn(64)
+    given = {f"blocks.0.to_{name}": Branch(down, torch.randn(64, 8), shift) for name in "qk"}
+    first, second = placed(given, model).values()
+    assert first.down is second.down
+    assert first.shift is second.shift
+    assert first.up is not second.up
+    assert first.down.dtype is first.up.dtype is torch.float64
+    torch.testing.assert_close(first.down, down.double())
 
 
 def test_stages_are_named() -> None:

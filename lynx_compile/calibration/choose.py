@@ -2,8 +2,8 @@
 
 Every layer's effect on the final sample is measured twice: alone sparse, as a vector, and as what a likely
 set gains when the layer turns dense in it. `front` makes proposals from either. They are measured as a whole,
-with and without dense first steps, and so are the nearest exchanges of layers: the best measured one is the
-choice.
+with and without dense first steps, and so are what the safe rules leave dense and the nearest exchanges of
+layers: the best measured one is the choice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..profile.format import Profile
 from .costs import Costs, costs_of
 from .emulation import Forward
 from .front import Choice, Problem, Way, neighbours, pick, points
-from .sensitivity import Sensitivity, gram_of
+from .sensitivity import SENSITIVE, Sensitivity, class_of, gram_of
 
 STEP_COUNTS = (0, 1, 2, 3, 4)  # of dense first steps to choose from
 TRIALS = 8  # exchanges measured a round
@@ -101,6 +101,7 @@ class Chooser:
                 with_n = [problem.choice(members, n) for members in sets]
                 fast = [choice for choice in with_n if choice.speed >= speed * (1 - 1e-9)]
                 proposed += [min(fast, key=lambda c: c.error)] if fast else []
+        proposed += self._by_the_rules(speed)
         distinct = {(tuple(c.sparse.items()), c.dense_steps): c for c in proposed}
         best = min(map(measured, distinct.values()), key=_measured)
         for _ in range(rounds):
@@ -110,6 +111,13 @@ class Chooser:
                 break
             best = now
         return best
+
+    def _by_the_rules(self, speed: float) -> list[Choice]:
+        """Sensitive classes dense, as without a profile, and as many first steps as the speed allows."""
+        ways = self.problem.ways
+        kept = [way.saved > 0 and not way.tokens and class_of(way.layer) not in SENSITIVE for way in ways]
+        found = [self.problem.choice(np.array(kept), n) for n in sorted(self.problem.step_factors)]
+        return [choice for choice in found if choice.speed >= speed * (1 - 1e-9)][-1:]
 
     def _fastest_within(
         self, max_error: float, first: Choice, measured: Callable[[Choice], Choice]

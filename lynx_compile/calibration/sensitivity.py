@@ -33,6 +33,9 @@ _CLASSES = (
 )
 
 
+SENSITIVE = ("text", "out")  # classes that stay dense where nothing was measured
+
+
 def gram_of(deviations: Tensor, chunk: int = 1 << 20) -> Tensor:
     """Inner products of the rows of (U, D), summed in fp32 by stretches, (U, U) fp64 on the CPU."""
     parts = [part.float() @ part.float().T for part in deviations.split(chunk, dim=1)]

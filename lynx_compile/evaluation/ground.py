@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.choose import Chooser, chooser_for, usual_last_steps
 from ..calibration.costs import FLOPS, Costs, costs_of
@@ -263,12 +263,21 @@ def branches_of(profile: Profile, model: nn.Module) -> dict[str, Branch]:
 
 
 def placed(branches: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
-    """Branches on the model's device in its dtype."""
+    """Branches on the model's device in its dtype; what layers have in common stays one tensor."""
     linears = linear_layers(model)
-    return {
-        name: branch.to(linears[name].weight.device, linears[name].weight.dtype)
-        for name, branch in branches.items()
-    }
+    copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def copy(given: Tensor | None, weight: Tensor) -> Tensor | None:
+        key = id(given), weight.device, weight.dtype
+        if given is not None and key not in copies:
+            copies[key] = given.to(weight.device, weight.dtype)
+        return copies.get(key)
+
+    placed = {}
+    for name, branch in branches.items():
+        down, up, shift = (copy(t, linears[name].weight) for t in (branch.down, branch.up, branch.shift))
+        placed[name] = replace(branch, down=down, up=up, shift=shift)
+    return placed
 
 
 def speed_of(share: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration.collect import MOST_ROWS
 from ..calibration.joint import prune_rows
-from ..calibration.sensitivity import Sensitivity, class_of
+from ..calibration.sensitivity import SENSITIVE, Sensitivity, class_of
 from ..calibration.solve import lora_branches
 from ..calibration.statistics import Hooks, Moments, Readers, spread_over
 from ..calibration.text_rows import joint_text_rows
@@ -145,7 +145,7 @@ class Bench:
     def __init__(self, ground: Ground) -> None:
         self.model = ground.model
         self.calibration = ground.workload(min(PROMPTS, ground.settings.calibration_prompts), 0)
-        self.names = [name for name in ground.names if class_of(name) not in ("text", "out")]
+        self.names = [name for name in ground.names if class_of(name) not in SENSITIVE]
         linears = linear_layers(self.model)
         self.linears = {name: linears[name] for name in self.names}
         study = Sensitivity(ground.validation, calls=1, quiet=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..calibration.choose import problem_of
 from ..calibration.emulation import Forward
 from ..calibration.front import Choice, pick, points
-from ..calibration.sensitivity import class_of
+from ..calibration.sensitivity import SENSITIVE, class_of
 from ..calibration.statistics import Hooks, Readers, rows_of
 from ..calibration.workload import Workload
 from ..profile import Branch
@@ -76,7 +76,7 @@ def ladder(ground: Ground) -> Iterator[Method]:
 
 def ruled(ground: Ground) -> Iterator[Method]:
     """Ours with what the safe rules leave dense (text stream, attention outputs), and a step at an end."""
-    names = [name for name in ground.names if class_of(name) not in ("text", "out")]
+    names = [name for name in ground.names if class_of(name) not in SENSITIVE]
     for rank in ground.settings.ranks[-2:]:
         ours = ground.ours(rank)
         layers = {name: ours.branches[name] for name in names}

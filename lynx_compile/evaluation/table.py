@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..calibration.emulation import Forward, emulate
 from ..calibration.workload import Workload
-from ..profile.branch import Branch
 from ..profile.steps import StepSwitch
 from .features import Kid, kid
 from .methods import Method
@@ -133,11 +132,12 @@ class Table:
         total = sum(self.tokens[name] * n * k for name, (n, k) in self.shapes.items() if name in self.tokens)
         added, seen = 0.0, set()
         for name, forward in layers.items():
-            if not isinstance(forward, Branch) or forward.down is None:
+            down = getattr(forward, "down", None)
+            if down is None:
                 continue
-            rows, (n, k) = self.tokens[name] - forward.dense_tokens, self.shapes[name]
-            added += rows * forward.rank * (n if id(forward.down) in seen else n + k)
-            seen.add(id(forward.down))
+            rows, (n, k) = self.tokens[name] - getattr(forward, "dense_tokens", 0), self.shapes[name]
+            added += rows * down.shape[0] * (n if id(down) in seen else n + k)
+            seen.add(id(down))
         return added / total * (self.steps - dense_steps) / self.steps
 
     def _calls_per_run(self) -> int:
