@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import lynx_compile
-from lynx_compile.calibration import Inputs, calibrate, emulate
+from lynx_compile.calibration import Inputs, Pipeline, calibrate, emulate
 from lynx_compile.calibration.sensitivity import Sensitivity
 from lynx_compile.profile import Branch, Profile
 
 from .test_calibration import Attention, Model, make_workload, same
+from .test_evaluation import SmallPipe
 
 OPTIONS: dict[str, Any] = {"rest": "eager", "emulate": True, "strict": True}
 
@@ -93,3 +94,10 @@ def test_emulation_leaves_the_forward_that_offloading_put_there() -> None:
     with emulate(workload.model, {"blocks.0.to_q": Branch()}):
         assert layer.forward is not moved
     assert layer.forward is moved
+
+
+def test_batches_may_be_cut_anywhere() -> None:
+    whole, cut = (
+        Pipeline(SmallPipe(), ["a", "bb", "ccc", "dd"], steps=2, batch_size=size, seed=5) for size in (4, 1)
+    )
+    torch.testing.assert_close(torch.cat([cut.run(i) for i in range(4)]), whole.run(0))

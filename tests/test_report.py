@@ -115,3 +115,13 @@ def test_globs_of_a_whole_model_that_match_nothing_are_named(caplog):
     ]
     assert warned(2, "0.1") == []  # said once
     assert warned(1, "0.2") == []  # of one block nothing is known
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_exported_graph_whose_weights_want_gradients_is_left_alone(gradients):
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64)).requires_grad_(gradients)
+    graph = torch.export.export(module, (torch.ones(2, 9, 64),)).module()
+    graph.requires_grad_(gradients)
+    found = lynx_compile.rewrite(graph, {"emulate": True, "strict": True})
+    assert [row.decision for row in found.rows] == ["dense" if gradients else "sparse"]
+    assert (found.note is not None) == gradients

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,3 +117,32 @@ def test_a_modulation_without_samples_is_not_cut():
     gm.recompile()
     made = F.layer_norm(x, (64,)) * (1 + by_token) + by_token
     torch.testing.assert_close(gm(x, by_token)[:, :3], q(made)[:, :3])
+
+
+def written_in_front(m, x):
+    h = x * 2
+    g = F.gelu(h)
+    h.mul_(2)
+    return m.q(g) + h
+
+
+def written_behind(m, x):
+    g = F.gelu(x * 2)
+    g.add_(1)
+    return m.q(g)
+
+
+@pytest.mark.parametrize("forward", [written_in_front, written_behind])
+def test_an_input_is_not_made_again_over_a_write(forward):
+    q = attach(nn.Linear(64, 64).double().requires_grad_(False), decision="sparse", dense_tokens=3)
+    want = forward(SimpleNamespace(q=q), X)
+    gm = traced(function(forward, q=q), X)
+    passes.normalize(gm.graph)
+    linears = passes.split_rows(gm.graph, passes.find_linears(gm.graph))
+    passes.sparsify_linears(gm.graph, linears)
+    for fuse in passes.FUSIONS:
+        fuse(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(X)[:, :3], want[:, :3])
+    assert ops_of(gm)["gelu"] == 1

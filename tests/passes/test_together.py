@@ -125,3 +125,16 @@ def test_layers_on_both_sides_of_a_write_are_left():
 
     module = function(forward, q=layer(), k=layer()).double().eval().requires_grad_(False)
     assert run_together(sparsified(module, X.double()).graph) == 0
+
+
+def test_a_weight_that_is_written_to_between_layers_of_one_input():
+    def forward(m, x):
+        x = x * 2  # fresh: writing to a weight leaves it as it is
+        q = m.q(x)
+        m.k.weight.add_(1)
+        return q, m.k(x)
+
+    module = function(forward, q=layer(), k=layer()).double().eval().requires_grad_(False)
+    gm = sparsified(module, X.double())
+    assert sum("sparsify" in str(node.target) for node in gm.graph.nodes) == 1
+    assert run_together(gm.graph) == 0
