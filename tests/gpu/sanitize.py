@@ -39,7 +39,7 @@ from lynx_compile.runtime.rotary import rotary
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 CLEAN = re.compile(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards")
-SECONDS = 120  # of one tool on one group
+SECONDS = 300  # of one tool on one group
 
 _generator = torch.Generator().manual_seed(1)
 
