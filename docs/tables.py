@@ -309,6 +309,10 @@ def quality_race(result: Result) -> list[str]:
             size = f"{closed['prompts']} × {closed['steps']}"
             cells = [size, f"{closed['seconds']:.2f}", f"{closed['error']:.4f}", *times]
             lines.append(_line([rank, *cells, f"{error:.4f} ({step} steps, {seconds:.1f} s)"]))
+        if further := race.get("refined"):
+            more = f"{further['training_steps']} steps of training on top of {further['error_before']:.4f}"
+            made = f"{further['seconds']:.2f}", f"{further['error']:.4f}"
+            lines.append(_line([rank, more, *made, *["–"] * 3, further.get("note", "–")]))
     notes = [
         race["note"] for race in result["studies"]["recipe_against_closed_form"].values() if "note" in race
     ]
@@ -327,6 +331,17 @@ def quality_classes(result: Result) -> list[str]:
     note = f"rank correlation over {len(study['layers'])} layers of the effect on the final sample with "
     note += f"the layer's own error {ranks['output']:.2f}, with the velocity's {ranks['velocity']:.2f}"
     return [*lines, "", _source(result, note)]
+
+
+def quality_rungs(result: Result) -> list[str]:
+    """Each class alone sparse under every compensation."""
+    study = result["studies"]["rungs"]
+    classes = study["classes"]
+    lines = _head(["alone sparse", *next(iter(classes.values()))])
+    worst = {unit: max(effect["sample"] for effect in rungs.values()) for unit, rungs in classes.items()}
+    for unit in sorted(classes, key=lambda unit: -worst[unit]):
+        lines.append(_line([unit, *(f"{effect['sample']:.3f}" for effect in classes[unit].values())]))
+    return [*lines, "", _source({**result, **study}, study.get("what", ""))]
 
 
 def quality_steps(result: Result) -> list[str]:
@@ -361,6 +376,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], list[str]]]] = {
     "distillation": ("levers_emoji.json", distillation),
     "quality-race": ("quality_emoji.json", quality_race),
     "quality-classes": ("quality_emoji.json", quality_classes),
+    "quality-rungs": ("quality_emoji.json", quality_rungs),
     "quality-steps": ("quality_emoji.json", quality_steps),
     "gemm-chains": ("gemm_h200.json", chains),
     "gemm-rates": ("gemm_h200.json", rates),

@@ -247,6 +247,9 @@ def test_study_fills_the_table() -> None:
     watched = study.ground.studies["recipe_against_closed_form"]["r16"]
     assert [step for step, _, _ in watched["history"]] == list(range(21))
     assert watched["history"][-1][2] < watched["history"][0][2]
+    assert watched["refined"]["training_steps"] == 2
+    assert watched["refined"]["seconds"] > 0
+    assert watched["refined"]["error"] == pytest.approx(watched["refined"]["error_before"], rel=0.05)
     profile = study.profile()
     assert 0 < len(profile.sparse_layers()) < len(profile.layers)
     assert all("sample" in layer.sensitivity for layer in profile.layers.values())
@@ -265,7 +268,10 @@ def test_tables_of_the_documentation() -> None:
     low, high = rows[-1]["latent_rel_err_ci"]
     assert f"{rows[-1]['latent_rel_err']:.3f} ({low:.3f}–{high:.3f})" in methods[-3]
     assert "6 held-out prompts, 4 steps; a GPU; `rt-lynx eval`; at c0" in methods[-1]
-    assert len(tables.quality_race(result)) == 2 + 2 * 4 + 2  # two ranks, four sizes
+    assert len(tables.quality_race(result)) == 2 + 2 * 5 + 2  # two ranks, four sizes and the refined one
+    rungs = tables.quality_rungs(result)
+    assert len(rungs) == 2 + 3 + 2  # three classes
+    assert rungs[0].split(" | ")[2:5] == ["norm", "norm, LoRA r8", "shift, deflation r8"]
     assert len(tables.quality_classes(result)) == 2 + 5 + 2  # three classes and two blocks
     assert len(tables.quality_steps(result)) == 2 + 3 + 2  # none, one or two of the three before the last
 

@@ -178,7 +178,18 @@ class Ground:
             made = chooser_for(study, ours.profile, ours.branches, FLOPS, share, text, self.last_steps(share))
         self.log(f"sensitivity of {len(self.names)} layers: {self.choosing.seconds:.1f} s")
         self.studies["sensitivity"] = sensitivity_study(study, ours.profile, ours.branches)
+        self.studies["rungs"] = {"classes": rungs_study(study, self.rungs())}
         return made
+
+    def rungs(self) -> dict[str, Mapping[str, Branch]]:
+        """Each way to make up for pruning, the least first: rung → the branches of all layers."""
+        least = self.settings.ranks[0]
+        plain = {c: dict.fromkeys(self.names, Branch(compensation=c)) for c in ("native", "norm")}
+        found: dict[str, Mapping[str, Branch]] = {**plain}
+        found[f"norm, LoRA r{least}"] = self.lora(least).branches
+        for rank in dict.fromkeys((least, self.rank)):
+            found[f"shift, deflation r{rank}"] = self.ours(rank).branches
+        return found
 
     def take_choices(self, result: Mapping[str, Any]) -> None:
         """Take over what an earlier result file chose, instead of measuring it.
@@ -249,6 +260,17 @@ def sensitivity_study(study: Sensitivity, profile: Profile, branches: Mapping[st
         "dense_first_steps": profile.studies["dense_first_steps"],
         "interactions": profile.studies["interactions"],
     }
+
+
+def rungs_study(
+    study: Sensitivity, rungs: Mapping[str, Mapping[str, Branch]]
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """class → rung → what the class alone sparse does with this compensation, as JSON values."""
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for rung, branches in rungs.items():
+        for unit, effect in study.measure(branches, "class").items():
+            found.setdefault(unit, {})[rung] = {"velocity": effect.velocity, "sample": effect.sample}
+    return found
 
 
 def _share_in(method: str) -> float | None:
