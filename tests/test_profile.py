@@ -324,7 +324,7 @@ def test_dense_steps_switch_between_two_graphs(folder: Path) -> None:
 class Scheduler:
     step_index: int | None = None
     begin_index = 0
-    num_inference_steps = 8
+    timesteps = range(8)
 
 
 class Pipe:
@@ -342,6 +342,13 @@ def test_dense_steps_follow_the_scheduler_and_scale_with_its_steps() -> None:
         pipe.transformer(torch.randn(1, 4, 64))
         seen.append(switch.dense)
     assert seen == [True, True, False, False, False, True, True, True]
+    pipe.scheduler.timesteps = range(15)  # as Heun's for 8 steps: it counts calls, two a step but the last
+    seen = []
+    for index in range(15):
+        pipe.scheduler.step_index = index
+        pipe.transformer(torch.randn(1, 4, 64))
+        seen.append(switch.dense)
+    assert seen == [True] * 4 + [False] * 7 + [True] * 4
 
 
 def test_refuses_other_models(folder: Path) -> None:
