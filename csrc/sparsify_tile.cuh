@@ -75,22 +75,13 @@ struct Statistics {
     float mean[2], inverse[2];
 };
 
-// The part of K one block of a cluster works on, in chunks: as many for each, but that a chunk of cat behind the
-// activation counts half as much again as one in front of it.
+// The part of K one block of a cluster works on, in chunks.
 struct Slice {
     int begin, end;
 
-    __device__ __forceinline__ Slice(const SparsifyParams& p, int rank)
-        : begin(first_chunk(p, rank)), end(first_chunk(p, rank + 1)) {}
-
-    static __device__ __forceinline__ int first_chunk(const SparsifyParams& p, int rank) {
+    __device__ __forceinline__ Slice(const SparsifyParams& p, int rank) {
         const int chunks = p.k / kChunk;
-        if constexpr (kProducer == kCat) {
-            const int plain = p.first_columns / kChunk, work = (2 * plain + 3 * (chunks - plain)) * rank / kSplits;
-            return work <= 2 * plain ? work / 2 : plain + (work - 2 * plain) / 3;
-        } else {
-            return chunks * rank / kSplits;
-        }
+        begin = chunks * rank / kSplits, end = chunks * (rank + 1) / kSplits;
     }
     __device__ __forceinline__ int rounds(int column_warp) const {  // that this warp takes part in
         return (end - begin - column_warp + kColumnWarps - 1) / kColumnWarps;
