@@ -55,7 +55,8 @@ class StepTracker:
             step = step if step is not None else getattr(scheduler, "begin_index", None) or 0
             # Schedulers of second order call twice a step, and count calls.
             timesteps = getattr(scheduler, "timesteps", None)
-            total = self.steps if timesteps is None else len(timesteps)
+            total = getattr(scheduler, "num_inference_steps", None) or self.steps
+            total = total if timesteps is None else len(timesteps)
         else:
             step, total = self._from_timestep(module, args, kwargs), self.steps
         first = math.ceil(self.dense_steps * total / self.steps)
