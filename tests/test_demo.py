@@ -74,6 +74,27 @@ def result(tiny_pipe, profile):
     return made
 
 
+def test_dense_last_steps_of_the_profile(result, tiny_pipe, profile):
+    """The warm-up goes on to a step that is sparse, and the dense step is no part of the share."""
+    ending = replace(profile, dense_last_steps=1)
+    told: list[str] = []
+    _, calibrated = run(
+        tiny_pipe,
+        PROMPTS,
+        steps=2,
+        profile=ending,
+        variants=[v for v in VARIANTS if v.calibrated or v.title == "dense"],
+        advance=told.append,
+    ).outcomes
+    assert told.count("dense") == 3
+    assert told.count("SA-NC, calibrated") == 4
+    everywhere = result.outcomes[3]
+    assert calibrated.sparse_share == everywhere.sparse_share / 2
+    assert 0 < calibrated.distance.error.value != everywhere.distance.error.value
+    with pytest.raises(ValueError, match="none of 1 steps sparse; take more steps"):
+        run(tiny_pipe, PROMPTS, steps=1, profile=ending)
+
+
 def test_outcomes(result, tiny_pipe):
     dense, native, norm, calibrated, other = result.outcomes
     assert [o.variant for o in result.outcomes] == list(VARIANTS)

@@ -2,8 +2,9 @@
 
     python examples/emoji_flux/make_profile.py            # 13 minutes on 2 busy CPU cores
 
-What stays dense is `rt-lynx eval`'s choice at 85% (docs/results/quality_emoji.json, 512 prompts on a GPU),
-without its dense steps. `rt-lynx calibrate emoji --speed …` chooses anew, which takes a GPU's patience.
+Which layers stay dense is `rt-lynx eval`'s choice at 85% (docs/results/quality_emoji.json, 512 prompts on a
+GPU); of the steps it is the last, not the first. `rt-lynx calibrate emoji --speed …` chooses anew, which takes
+a GPU's patience.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lynx_compile.calibration import Pipeline, calibrate
+from lynx_compile.calibration.choose import usual_last_steps
 from lynx_compile.evaluation.emoji import load_emoji_pipeline, prompts
 from lynx_compile.profile import Branch, Profile, save_profile
 
@@ -51,6 +53,7 @@ def main() -> None:
     workload = Pipeline(pipe, prompts(given.prompts), steps=given.steps, batch_size=8)
     made = {"model": "emoji", "prompts": given.prompts, "rank": given.rank, "choice": CHOICE}
     profile = calibrate(workload, rank=given.rank, steps=given.steps, provenance=made)
+    profile.dense_last_steps = usual_last_steps(given.steps)
     choose(profile, details["dense_layers"], details["text_rows_dense"])
     save_profile(profile, given.out)
     print(f"wrote {given.out}: {len(profile.sparse_layers())} of {len(profile.layers)} layers sparse")

@@ -145,11 +145,14 @@ def _run(
 ) -> Demo:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..demo import ERROR_TITLE, error_steps, run, variants_with
+    from ..demo import ERROR_TITLE, error_steps, run, variants_with, warm_up_steps
 
     columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        totals = {variant.title: steps + 1 for variant in variants_with(profile)}
+        totals = {
+            variant.title: warm_up_steps(variant, profile, steps) + steps
+            for variant in variants_with(profile)
+        }
         totals[ERROR_TITLE] = error_steps(steps)
         bars = {title: progress.add_task(title, total=total, start=False) for title, total in totals.items()}
 

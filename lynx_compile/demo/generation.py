@@ -17,6 +17,7 @@ from ..evaluation.emoji import to_pictures
 from ..evaluation.metrics import Distance, distance
 from ..profile import Profile, apply_profile, remove_profile
 from ..profile.apply import check_fits
+from ..profile.steps import dense_ends
 from ..report import Report
 from ..runtime import kernels
 from .layer_error import LayerErrors
@@ -59,12 +60,25 @@ def variants_with(profile: object | None) -> tuple[Variant, ...]:
     return tuple(variant for variant in VARIANTS if profile is not None or not variant.calibrated)
 
 
+def dense_steps_of(variant: Variant, profile: Profile | None, steps: int) -> int:
+    """How many of a run's steps the variant leaves dense because its profile says so."""
+    if not variant.calibrated or profile is None:
+        return 0
+    return min(steps, sum(dense_ends(profile.dense_steps, profile.dense_last_steps, profile.steps, steps)))
+
+
+def warm_up_steps(variant: Variant, profile: Profile | None, steps: int) -> int:
+    """Steps of the shortest run, of `steps` at most, in which all compiles that the variant runs compiled."""
+    return next((n for n in range(1, steps) if dense_steps_of(variant, profile, n) < n), steps)
+
+
 @dataclass
 class Outcome:
     """What one variant made.
 
-    pictures: (P, 3, H, W) in [0, 1].  latents: (P, T, C).  seconds: all steps after the warm-up step.
-    step_ms: median of one denoising step of the whole batch.  compile_s: the warm-up step, which compiles.
+    pictures: (P, 3, H, W) in [0, 1].  latents: (P, T, C).  seconds: all steps after the warm-up.
+    step_ms: median of one denoising step of the whole batch.  compile_s: the warm-up, which compiles.
+    sparse_steps: share of the steps that are not dense as a whole.
     distance: to the dense pictures of the same prompts, None for the dense variant itself.
     """
 
@@ -74,13 +88,14 @@ class Outcome:
     seconds: float
     step_ms: float
     compile_s: float
+    sparse_steps: float = 1.0
     report: Report | None = None
     distance: Distance | None = None
 
     @property
     def sparse_share(self) -> float:
-        """Share of the linear FLOPs that ran sparse, 0 to 1."""
-        return self.report.sparse_share if self.report else 0.0
+        """Share of the linear FLOPs of all steps that ran sparse, 0 to 1."""
+        return self.report.sparse_share * self.sparse_steps if self.report else 0.0
 
 
 @dataclass
@@ -114,10 +129,11 @@ def run(
     pipe: a pipeline with a `transformer`, called as `EmojiFluxPipeline` is; the first variant is the dense
     one that the others are compared with; None stands for `variants_with(profile)`. Without kernels for the
     pipeline's device the sparse variants are emulated. begin is told a variant's title before its first
-    step, advance after each of its steps + 1; last come the steps of `error_steps(steps)` under
-    `ERROR_TITLE`.
-    Raises ValueError when the first variant is sparse or a calibrated one has no profile, ProfileError when
-    the profile is another model's, RuntimeError when a sparse variant has no sparse layer.
+    step, advance after each of its `warm_up_steps` and of its steps; last come the steps of
+    `error_steps(steps)` under `ERROR_TITLE`.
+    Raises ValueError when the first variant is sparse, when a calibrated one has no profile or one that
+    leaves all steps dense, ProfileError when the profile is another model's, RuntimeError when a sparse
+    variant has no sparse layer.
     """
     variants = variants_with(profile) if variants is None else variants
     if not variants or variants[0].compensation is not None:
@@ -127,6 +143,11 @@ def run(
     model = pipe.transformer
     if profile is not None:
         check_fits(model, profile)  # before the work, not after it
+    for variant in variants:
+        if dense_steps_of(variant, profile, steps) == steps:
+            raise ValueError(
+                f"{variant.title}: the profile leaves none of {steps} steps sparse; take more steps"
+            )
     demo = Demo(list(prompts), seed, steps, guidance, str(model.device), _needs_emulation(model))
     try:
         for variant in variants:
@@ -139,7 +160,8 @@ def run(
             else:
                 remove_profile(pipe)
             pipe.transformer = _as_variant(model, variant, demo.emulated)
-            outcome = _generate(pipe, demo, variant, advance)
+            outcome = _generate(pipe, demo, variant, warm_up_steps(variant, profile, steps), advance)
+            outcome.sparse_steps = 1 - dense_steps_of(variant, profile, steps) / steps
             if demo.outcomes:
                 dense = demo.outcomes[0]
                 outcome.distance = distance(outcome.latents, dense.latents, outcome.pictures, dense.pictures)
@@ -175,15 +197,18 @@ def _as_variant(model: Any, variant: Variant, emulated: bool) -> Any:
     return torch.compile(model, backend="rt_lynx", options=options)
 
 
-def _checked(made: Report, variant: Variant) -> Report:
+def _checked(made: Report, variant: Variant, dense_too: bool) -> Report:
+    """The report, without the second graph of a model that is compiled for its dense steps too."""
     if not made.sparse_share:
         reasons = dict.fromkeys([*made.notes, *sorted({row.reason for row in made.rows})])
         raise RuntimeError(f"{variant.title}: no layer became sparse ({'; '.join(reasons) or 'none found'})")
-    return made
+    if not dense_too:
+        return made
+    return Report(tuple(g for g in made.graphs if any(row.decision == "sparse" for row in g.rows)))
 
 
-def _generate(pipe: Any, demo: Demo, variant: Variant, advance: Told) -> Outcome:
-    """Warm up with one step, which compiles, then generate."""
+def _generate(pipe: Any, demo: Demo, variant: Variant, warm_up: int, advance: Told) -> Outcome:
+    """Warm up with a run of `warm_up` steps, which compiles, then generate."""
     device = torch.device(demo.device)
     marks: list[float] = []
 
@@ -198,9 +223,9 @@ def _generate(pipe: Any, demo: Demo, variant: Variant, advance: Told) -> Outcome
         return state
 
     mark()
-    _sample(pipe, demo, 1, variant.noise, after_step)
+    _sample(pipe, demo, warm_up, variant.noise, after_step)
     compile_s = marks[-1] - marks[0]
-    made = None if variant.compensation is None else _checked(report(), variant)
+    made = None if variant.compensation is None else _checked(report(), variant, dense_too=warm_up > 1)
     marks.clear()
     mark()
     latents = _sample(pipe, demo, demo.steps, variant.noise, after_step)

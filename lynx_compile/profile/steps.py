@@ -23,6 +23,11 @@ class StepSwitch:
     dense: bool = False
 
 
+def dense_ends(dense_steps: int, dense_last_steps: int, steps: int, total: int) -> tuple[int, int]:
+    """How many first and last steps of `total` are dense under a profile that was made for `steps`."""
+    return math.ceil(dense_steps * total / steps), math.ceil(dense_last_steps * total / steps)
+
+
 class StepTracker:
     """Sets `switch.dense` before each call of the transformer: on during a run's first and last steps.
 
@@ -59,8 +64,7 @@ class StepTracker:
             total = total if timesteps is None else len(timesteps)
         else:
             step, total = self._from_timestep(module, args, kwargs), self.steps
-        first = math.ceil(self.dense_steps * total / self.steps)
-        last = math.ceil(self.dense_last_steps * total / self.steps)
+        first, last = dense_ends(self.dense_steps, self.dense_last_steps, self.steps, total)
         self.switch.dense = step < first or step >= total - last
 
     def _from_timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
