@@ -3,8 +3,8 @@
     python examples/emoji_flux/make_profile.py            # 13 minutes on 2 busy CPU cores
 
 Which layers stay dense is `rt-lynx eval`'s choice at 85% (docs/results/quality_emoji.json, 512 prompts on a
-GPU); of the steps it is the last, not the first. `rt-lynx calibrate emoji --speed …` chooses anew, which takes
-a GPU's patience.
+GPU); of the steps it is the last, not the first. `rt-lynx calibrate emoji --speed …` chooses anew, which
+takes a GPU's patience.
 """
 
 from __future__ import annotations
