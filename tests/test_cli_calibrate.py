@@ -32,11 +32,20 @@ def calibrate(prompts: Path, *arguments: str) -> Result:
 def test_writes_a_profile(prompts: Path) -> None:
     result = calibrate(prompts)
     assert result.exit_code == 0, result.output
-    assert "6 layers; safe defaults decide" in " ".join(result.output.split())
+    said = " ".join(result.output.split())
+    assert "6 layers; safe defaults decide which of them run sparse, the last 1 of 3 steps dense" in said
     profile = load_profile(prompts.parent / "profile")
+    assert profile.dense_last_steps == 1
     assert profile.provenance["prompts"] == 8
     assert profile.steps == 3
     assert not (prompts.parent / "profile" / "plots").exists()
+
+
+def test_last_steps_may_be_sparse(prompts: Path) -> None:
+    result = calibrate(prompts, "--dense-last", "0")
+    assert result.exit_code == 0, result.output
+    assert "steps dense" not in result.output
+    assert load_profile(prompts.parent / "profile").dense_last_steps == 0
 
 
 @pytest.mark.parametrize("aim", [("--max-error", "0.02"), ("--speed", "1.25")])
@@ -86,10 +95,7 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
             ("--speed", "9", "--costs", "flops", "--dense-last", "0"),
             "--speed 9.0 is out of reach: with all that may be sparse it is 1.750",
         ),
-        (
-            ("--speed", "1.2", "--dense-last", "3"),
-            "--dense-last 3 leaves none of --steps 3 sparse; lower it",
-        ),
+        (("--dense-last", "3"), "--dense-last 3 leaves none of --steps 3 sparse; lower it"),
         (("--speed", "1.2"), "no layer of this model is faster sparse by the table 'h200'"),
         (("--speed", "1.2", "--costs", "h2000"), "no cost table for device 'h2000'"),
         (("--speed", "1.2", "--held-out", "0"), "--held-out 0 leaves no prompts"),

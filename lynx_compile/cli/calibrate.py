@@ -62,6 +62,7 @@ def calibrate_(
     import torch
 
     from ..calibration import calibrate
+    from ..calibration.choose import usual_last_steps
     from ..calibration.costs import FLOPS
     from ..cost import model as cost_model
     from ..inputs import device_of, make_folder
@@ -74,8 +75,9 @@ def calibrate_(
         raise typer.BadParameter(
             "--held-out 0 leaves no prompts to measure what --max-error and --speed ask for; give 1 or more"
         )
-    if chooses and dense_last is not None and dense_last >= steps:
-        raise typer.BadParameter(f"--dense-last {dense_last} leaves none of --steps {steps} sparse; lower it")
+    last = usual_last_steps(steps) if dense_last is None else dense_last
+    if last >= steps:
+        raise typer.BadParameter(f"--dense-last {last} leaves none of --steps {steps} sparse; lower it")
     rows = _text_rows(text_rows)
     if rows and not chooses:
         raise typer.BadParameter("--text-rows is for the choice that --max-error or --speed asks for")
@@ -106,6 +108,7 @@ def calibrate_(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    profile.dense_last_steps = last
     points: list[Choice] = []
     if rank_ == 0 and chooses:
         points = _choose(
@@ -115,7 +118,6 @@ def calibrate_(
             speed,
             costs,
             rows,
-            dense_last,
         )
     if rank_ == 0:
         save_profile(profile, out)
@@ -127,6 +129,7 @@ def calibrate_(
             chosen = f"{len(profile.sparse_layers())} of {len(profile.layers)} layers sparse"
         else:
             chosen = f"{len(profile.layers)} layers; safe defaults decide which of them run sparse"
+            chosen += f", the last {last} of {steps} steps dense" if last else ""
         console.print(f"wrote {out}: {chosen}")
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -223,10 +226,9 @@ def _choose(
     speed: float | None,
     costs: str,
     text_rows: dict[str, int],
-    dense_last: int | None,
 ) -> list[Choice]:
     """Measure, choose, write both into the profile; returns the front and what was measured."""
-    from ..calibration.choose import apply_choice, chooser_for, usual_last_steps
+    from ..calibration.choose import apply_choice, chooser_for
     from ..calibration.costs import costs_of
     from ..calibration.sensitivity import Sensitivity
     from ..calibration.text_rows import joint_text_rows
@@ -239,7 +241,7 @@ def _choose(
         table = costs_of(profile, held_out.model, costs, rows)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    last = usual_last_steps(profile.steps) if dense_last is None else dense_last
+    last = profile.dense_last_steps
     _check_reach(table.fastest(1 - last / profile.steps), costs, speed)
     ways = len(branches) + len(rows)
     seconds = study.estimate_s(branches, "layer") * ways / len(branches)
