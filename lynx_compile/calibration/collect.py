@@ -1,9 +1,9 @@
 """Run a workload and gather the moments of what its linear layers read: in passes, resumable, data-parallel.
 
 Pass 0 runs an eighth of the batches and finds which layers read tokens, which read the same tensor, and every
-input's mean (the shift); where no mean is wanted, one call tells the rest. Later
-passes gather moments for as many distinct inputs as the memory budget holds.
-Batches are dealt out to the processes of the default group in turn; sums are reduced at the end of each pass.
+input's mean (the shift); where no mean is wanted, one call tells the rest. Later passes gather moments for as
+many distinct inputs as the memory budget holds. Batches are dealt out to the processes of the default group
+in turn; sums are reduced at the end of each pass.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class Layer:
 class Profile:
     """What a calibration found for one model.
 
-    compensation: as in `runtime.semantics`.  dense_steps, dense_last_steps of steps: the
-    first and the last ones run dense.  studies: measured tables behind the decisions (JSON values).
-    provenance: what made the profile (JSON values).
+    compensation: as in `runtime.semantics`.  dense_steps, dense_last_steps of steps: the first and the last
+    ones run dense.  studies: measured tables behind the decisions (JSON values).  provenance: what made the
+    profile (JSON values).
     """
 
     model: Fingerprint

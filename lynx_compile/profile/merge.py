@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from .branch import Branch
 from .errors import ProfileError
 from .format import Layer, Profile
 from .io import JSON
+from .steps import dense_ends
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,8 @@ def merge(first: Profile, second: Profile) -> Profile:
         )
     tokens = [max(int(p.provenance.get("tokens", 1)), 1) for p in (first, second)]
     weight = tokens[0] / sum(tokens)
-    ends = [
-        max(getattr(first, end), math.ceil(getattr(second, end) * first.steps / second.steps))
-        for end in ("dense_steps", "dense_last_steps")
-    ]
+    scaled = dense_ends(second.dense_steps, second.dense_last_steps, second.steps, first.steps)
+    ends = [*map(max, (first.dense_steps, first.dense_last_steps), scaled)]
     return Profile(
         first.model,
         {name: _merge_layer(layer, second.layers[name], weight) for name, layer in first.layers.items()},
