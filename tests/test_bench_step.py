@@ -124,6 +124,36 @@ def test_sparse_work_counts_every_block(everything):
     assert not any(isinstance(m, LynxLinear) for m in model.modules())
 
 
+def test_text_rows_of_joint_sequences_are_counted_dense():
+    model, inputs = zoo.build("FluxTransformer2DModel")
+    shares = []
+    for text_dense in (False, True):
+        backend = backends.Backend(
+            "test", lynx=True, lora=True, everything=True, text_dense=text_dense, options=EMULATED
+        )
+        step.clear_report()
+        with torch.no_grad(), backends.switched_on(model, backend, 16, inputs):
+            model(**inputs)
+            shares.append(step.sparse_work(model, inputs))
+    text, tokens, joint, total = 8, 32, 0, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            m = 1 if "norm" in name or "time_text_embed" in name else 24
+            m = text if any(word in name for word in ("add_", "context")) and m > 1 else m
+            m = tokens if name.startswith("single_") and m > 1 else m
+            joint += 2 * m * module.weight.numel() * (m == tokens)
+            total += 2 * m * module.weight.numel()
+    everything, without_text = (work["sparse_flops_share"] for work in shares)
+    assert everything - without_text == pytest.approx(joint * text / tokens / total, abs=2e-4)
+    assert shares[1]["sparsify_gb"] < shares[0]["sparsify_gb"]
+
+
+def test_models_without_text_in_front_are_named():
+    model, inputs = zoo.build("QwenImageTransformer2DModel")
+    with pytest.raises(RuntimeError, match="QwenImageTransformer2DModel is known to read text in front"):
+        backends.attach_random_branches(model, 16, inputs, text_dense=True)
+
+
 def test_paper_skips_name_layers_of_the_models():
     from lynx_compile.models import resolve
     from lynx_compile.policy import first_match

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Hooks, Readers
+from ..calibration.text_rows import text_first_layers
 from ..layers import LynxLinear, attach, detach
 from ..regional import compile_blocks
 
@@ -34,7 +36,8 @@ class Backend:
 
     everything: sparse wherever it pays, also where the safe defaults stay dense. paper: but not the paper's
     skipped layers. lora: with a LoRA branch on each sparse layer. deflated: whose directions leave X before
-    pruning, as `rt-lynx calibrate` makes them. fp8: quantises the weights in place.
+    pruning, as `rt-lynx calibrate` makes them. text_dense: the text rows of joint sequences stay dense.
+    fp8: quantises the weights in place.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Backend:
     lynx: bool = False
     lora: bool = False
     deflated: bool = False
+    text_dense: bool = False
     everything: bool = False
     paper: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -61,6 +65,7 @@ BACKENDS = {
         Backend("rt_lynx-paper-skips", lynx=True, lora=True, everything=True, paper=True),
         Backend("rt_lynx-everything", lynx=True, lora=True, everything=True),
         Backend("rt_lynx-everything-deflated", lynx=True, lora=True, deflated=True, everything=True),
+        Backend("rt_lynx-everything-text-dense", lynx=True, lora=True, text_dense=True, everything=True),
         Backend("rt_lynx-everything-no-lora", lynx=True, everything=True),
         Backend(
             "rt_lynx-cudagraphs",
@@ -95,12 +100,12 @@ def switch_on(
 
     inputs: of one step, from which it is seen which layers read the same tensor.
 
-    Raises RuntimeError when the backend needs a package that is not installed.
+    Raises RuntimeError when the backend needs a package that is not installed, or text rows to keep dense.
     """
     if backend.fp8:
         _quantize_fp8(model)
     if backend.lora:
-        attach_random_branches(model, rank, inputs, deflated=backend.deflated)
+        attach_random_branches(model, rank, inputs, deflated=backend.deflated, text_dense=backend.text_dense)
     if backend.lynx:
         skip = PAPER_SKIPS.get(type(model).__name__, ()) if backend.paper else ()
         only = ["*"] if backend.everything else []
@@ -157,14 +162,24 @@ def _lynx(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attach_random_branches(
-    model: nn.Module, rank: int, inputs: Mapping[str, Any], seed: int = 0, deflated: bool = False
+    model: nn.Module,
+    rank: int,
+    inputs: Mapping[str, Any],
+    seed: int = 0,
+    deflated: bool = False,
+    text_dense: bool = False,
 ) -> int:
     """A random LoRA branch on every linear layer of the repeated blocks that tokens go through.
 
     As in a calibrated profile, layers that read the same tensor share A; an eager step on `inputs` tells
     which do. Layers that stay dense ignore theirs. deflated: the branch takes its directions out of X before
-    pruning. Returns how many were attached.
+    pruning. text_dense: layers that read text in front of the image leave the rows of the text in `inputs`
+    dense. Returns how many were attached. Raises RuntimeError where no layer is known to read such text.
     """
+    joint = text_first_layers(model) if text_dense else None
+    if text_dense and joint is None:
+        raise RuntimeError(f"no layer of {type(model).__name__} is known to read text in front of the image")
+    text = inputs["encoder_hidden_states"].shape[1] if joint else 0
     kinds: Any = model._repeated_blocks
     linears = {
         f"{path}.{name}": module
@@ -185,7 +200,13 @@ def attach_random_branches(
         for name in group:
             n = linears[name].out_features
             up = torch.randn(n, rank, device=weight.device, dtype=weight.dtype) * (0.01 / rank**0.5)
-            attach(linears[name], down=down, up=up, deflated=rank if deflated else 0)
+            attach(
+                linears[name],
+                down=down,
+                up=up,
+                deflated=rank if deflated else 0,
+                dense_tokens=text if joint and fnmatchcase(name, joint) else 0,
+            )
         attached += len(group)
     return attached
 

@@ -318,10 +318,13 @@ def sparse_work(model: nn.Module, inputs: Mapping[str, Any]) -> Row:
                 keys = [(name, n, k, tokens) for name in names for tokens in (m, None)]
                 row = next((decided[key] for key in keys if key in decided), None)
                 sparse = row is not None and row.decision == "sparse" and m >= (row.min_tokens or 0)
-                flops[sparse] += 2 * m * n * k
+                # text rows of a joint sequence may stay dense in a sparse layer
+                text = output.shape[0] * getattr(module, "lynx_dense_tokens", 0) if sparse else 0
+                flops[sparse] += 2 * (m - text) * n * k
+                flops[False] += 2 * text * n * k
                 if sparse and counted.get(id(args[0])) is not args[0]:
                     counted[id(args[0])] = args[0]
-                    moved.append(sparsify_bytes(m, k, output.element_size()))
+                    moved.append(sparsify_bytes(m - text, k, output.element_size()))
 
             hooks.append(module.register_forward_hook(count))
     calls = State.of(model).calls

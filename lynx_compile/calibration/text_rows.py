@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from .sensitivity import Sensitivity
 
 # Transformers of diffusers that join [text, image] in their single-stream blocks, in this order.
@@ -16,6 +18,11 @@ _TEXT_FIRST = {
     "LongCatImageTransformer2DModel": "single_transformer_blocks.*",
     "OvisImageTransformer2DModel": "single_transformer_blocks.*",
 }
+
+
+def text_first_layers(model: nn.Module) -> str | None:
+    """A glob on the names of the layers that read text in front of the image; None where none is known."""
+    return _TEXT_FIRST.get(type(model).__name__)
 
 
 def joint_text_rows(
@@ -33,7 +40,7 @@ def joint_text_rows(
             if not any(fnmatchcase(name, wanted) for name in names):
                 raise ValueError(f"text rows of {wanted!r}: no layer that may be sparse has such a name")
         return {name: rows for name in names for glob, rows in given.items() if fnmatchcase(name, glob)}
-    glob = _TEXT_FIRST.get(type(study.workload.model).__name__)
+    glob = text_first_layers(study.workload.model)
     if glob is None:
         return {}
     _, keywords = study.first_call()
