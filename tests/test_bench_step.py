@@ -179,9 +179,11 @@ def test_backends_stay_compiled_side_by_side(monkeypatch):
         backends.Backend("everything", lynx=True, everything=True, options=EMULATED),
     ]
     monkeypatch.setattr(step, "BACKENDS", {backend.name: backend for backend in rivals})
-    pictures, graphs, told, kept = [], [], [], []
+    pictures, graphs, told, kept, tuned = [], [], [], [], []
 
     def first_call_s(model, inputs):
+        tuned.append(torch._inductor.config.coordinate_descent_tuning)
+        torch._inductor.config.coordinate_descent_tuning = True  # as torchao does
         if not told[-1].endswith("broken"):
             step.step(model, inputs)
             return 2.0
@@ -202,6 +204,7 @@ def test_backends_stay_compiled_side_by_side(monkeypatch):
     assert "flux: broken has no figures: out of memory" in told
     assert [row["backend"] for row in rows] == ["eager", "sparse", "everything"]
     assert kept == [0, 1, 2, 3, 3, 3, 3]
+    assert [*tuned, torch._inductor.config.coordinate_descent_tuning] == [False] * 5
     assert [row["lora_rank"] for row in rows] == [0, 16, 0]
     assert [row["step_ms"] for row in rows] == [18.0, 19.0, 20.0]  # medians of three rounds in turn
     assert [row["graphs"] for row in rows] == [0, 2, 2]

@@ -163,7 +163,8 @@ class Comparison:
         for backend in backends:
             self.progress(f"{self.name}: {backend.name}")
             caches = nullcontext() if backend.name in self.warm else cold_caches()
-            with self.told(backend), sdpa_kernel(ATTENTION, set_priority=True), caches:
+            attention = sdpa_kernel(ATTENTION, set_priority=True)
+            with self.told(backend), attention, caches, inductor_settings_kept():
                 self.rivals.append(self.prepare(backend, seconds / ROUNDS))
             switch_off(self.model)
             release()
@@ -359,6 +360,19 @@ def cold_caches() -> Iterator[None]:
         mock.patch.dict(os.environ, LYNX_CACHE_DIR=folder),
     ):
         yield
+
+
+@contextmanager
+def inductor_settings_kept() -> Iterator[None]:
+    """What a backend sets in here is not set for the next: torchao leaves Inductor's tuning on."""
+    from torch._inductor import config
+
+    settings: Any = config
+    saved = settings.save_config()
+    try:
+        yield
+    finally:
+        settings.load_config(saved)
 
 
 def start_workers(device: str | torch.device) -> None:
