@@ -21,6 +21,7 @@ from . import passes, policy
 from .options import Options
 from .passes import Linear
 from .passes.graph import expression, hint, skip_row_views, tensor
+from .recompiles import warn_before_limit
 from .report import GraphReport, Report, Row, record
 from .report import report as reported
 from .runtime import ahead
@@ -41,6 +42,7 @@ def rt_lynx(
     """
     settings = Options.parse(options, mode)
     rewrite(gm, settings)
+    warn_before_limit()
     _build_kernels_ahead(gm.graph)
     if settings.rest == "eager":
         return gm.forward

@@ -3,16 +3,16 @@
     lynx_compile.compile_blocks(transformer, skip=["transformer_blocks.0.*"], fullgraph=True)
 
 `model.compile_repeated_blocks(backend="rt_lynx")` works too, with two limits that this call has not: all
-blocks of a class share one code object, so Dynamo stops after eight patterns and leaves further blocks eager;
-and blocks do not know their names, so globs can only speak of names within a block.
+blocks of a class share one code object, so Dynamo stops after eight patterns, shapes or sets of adapters and
+leaves what comes then eager; and blocks do not know their names, so globs can only speak of names within a
+block.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .options import Options
 from .passes.linear import normalize_name
 from .policy import first_match
 from .profile.apply import transformer_of
+from .recompiles import SharedCode
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,11 @@ def compile_blocks(
         raise ValueError(f"{type(model).__name__} has {wanted}; name the classes with blocks=[...]")
     _decide_by_name(model, settings.skip, settings.only)
     rest = {name: value for name, value in options.items() if name not in ("skip", "only")}
-    compiled: dict[Hashable, Any] = {}
+    compiled: dict[Hashable, SharedCode] = {}
     for block in found.values():
         key = pattern(block)
         if key not in compiled:
-            compiled[key] = _compile_entry(rest, fullgraph, dynamic)
+            compiled[key] = SharedCode(rest, fullgraph, dynamic)
         block._compiled_call_impl = functools.partial(compiled[key], block)
     if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
         _mark_steps(model)
@@ -97,18 +98,6 @@ def pattern(block: nn.Module) -> Hashable:
         if isinstance(module, LynxLinear)
     )
     return type(block), layers
-
-
-def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return block._call_impl(*args, **kwargs)
-
-
-def _compile_entry(options: Mapping[str, Any], fullgraph: bool, dynamic: bool | None) -> Any:
-    """A compiled call with a code object of its own, so that its compile cache counts for one pattern."""
-    entry = types.FunctionType(_call.__code__.replace(), _call.__globals__, "block")
-    return torch.compile(
-        entry, backend="rt_lynx", fullgraph=fullgraph, dynamic=dynamic, options=dict(options)
-    )
 
 
 def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) -> None:
