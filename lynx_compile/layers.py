@@ -41,8 +41,9 @@ class LynxLinear(nn.Linear):
     lynx_bias (N,): b + W·μ, made from the shift.  Each may be None.
     lynx_decision: "sparse", "dense" or None (the policy decides).  lynx_reason: why, for people.
     lynx_before: decision and reason under the globs of `compile_blocks`, None where those say nothing.
-    lynx_dense_tokens: leading tokens of each sample that stay dense.  lynx_deflated: how many leading rows of
-    lynx_down are taken out of x before pruning.  lynx_switch: says when all layers run dense.
+    lynx_dense_tokens: leading tokens of each sample that stay dense; below 0, its last.  lynx_deflated: how
+    many leading rows of lynx_down are taken out of x before pruning.  lynx_switch: says when all layers run
+    dense.
     """
 
     lynx_down: Tensor | None
@@ -104,8 +105,9 @@ def attach(
     """Make an `nn.Linear` a `LynxLinear` in place, or replace what one carries; returns the module.
 
     down (R, K) and up (N, R) come together; shift and score are (K,); the first `deflated` rows of down are
-    taken out of x before pruning, and the same columns of up carry them. Tensors are moved to the weight's
-    device and dtype; layers that are given one tensor object (down or shift of Q, K and V) share its work.
+    taken out of x before pruning, and the same columns of up carry them. The first dense_tokens of each
+    sample stay dense; below 0, that many of its last. Tensors are moved to the weight's device and dtype;
+    layers that are given one tensor object (down or shift of Q, K and V) share its work.
     Raises TypeError for a module that is no plain linear layer, ValueError for a shape or decision that does
     not fit.
     """
@@ -129,8 +131,6 @@ def attach(
         raise ValueError(f"decision={decision!r} is unknown; give 'sparse', 'dense' or None")
     if not 0 <= deflated <= rank:
         raise ValueError(f"deflated={deflated} counts leading rows of down, which has {rank}")
-    if dense_tokens < 0:
-        raise ValueError(f"dense_tokens={dense_tokens} is negative; it counts leading tokens of a sample")
     _become(module, LynxLinear)
     assert isinstance(module, LynxLinear)
     module.__dict__.pop("_lynx_hook", None)

@@ -18,6 +18,9 @@ one row a sample; a residual has y's shape. All in y's dtype: a wider operand is
     y = sparse_linear(*s, W)                       h = sparse_linear(*s, W, top=x)
     h = cat([x, y], 1)                     →
 
+    y = sparse_linear(*s, W)                       h = sparse_linear(*s, W, bottom=x)
+    h = cat([y, x], 1)                     →
+
 The layer writes its part of what is concatenated, and only x is copied. (A concatenation that a `sparsify`
 reads was folded there before.)
 """
@@ -157,9 +160,11 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
         return False  # the op that chooses writes whole outputs
     cat, out = readers[0], tensor(site.out)
     parts = arg(cat, "tensors")
-    if len(parts) != 2 or parts[1] is not site.out or parts[0] is site.out or out is None:
+    if len(parts) != 2 or parts[0] is parts[1] or out is None:
         return False
-    other, dims = tensor(parts[0]), out.dim()
+    first = parts[0] is site.out
+    beside = parts[1] if first else parts[0]
+    other, dims = tensor(beside), out.dim()
     if other is None or not _alike(other, out) or other.dim() != dims:
         return False
     axis = arg(cat, "dim", 0) % dims
@@ -170,19 +175,19 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
     sizes: list[Any] = list(site.out.args[1]) if site.out is not site.y else []
     if axis == dims - 1:
         width = other.shape[-1]
-        if not isinstance(width, int) or width % _COLUMNS:
+        if first or not isinstance(width, int) or width % _COLUMNS:
             return False
         if sizes:
             sizes[-1] += width
-        return site.absorb(cat, mutations, sizes, left=parts[0])
+        return site.absorb(cat, mutations, sizes, left=beside)
     if axis != 1 or dims != 3 or _has(site, "gate", "residual"):
         return False
-    above = other.shape[1]
-    if not isinstance(above, int):
-        above = insert(cat, torch.ops.aten.sym_size.int, (parts[0], 1), cat)
-    both = isinstance(above, int) and isinstance(sizes[1], int)
-    sizes[1] = above + sizes[1] if both else insert(cat, operator.add, (above, sizes[1]), cat)
-    return site.absorb(cat, mutations, sizes, top=parts[0])
+    rows = other.shape[1]
+    if not isinstance(rows, int):
+        rows = insert(cat, torch.ops.aten.sym_size.int, (beside, 1), cat)
+    both = isinstance(rows, int) and isinstance(sizes[1], int)
+    sizes[1] = rows + sizes[1] if both else insert(cat, operator.add, (rows, sizes[1]), cat)
+    return site.absorb(cat, mutations, sizes, **{"bottom" if first else "top": beside})
 
 
 def _has(site: Site, *names: str) -> bool:

@@ -49,7 +49,7 @@ class Linear:
     wish: the decision attached to the layer ("sparse", "dense" or None).
     obstacle: why it cannot be sparse whatever is wished, None if it can.
     min_tokens: with fewer it runs dense, which for a symbolic M is decided at run time.
-    dense_tokens: leading tokens of each sample that stay dense (`rows` splits them off).
+    dense_tokens: leading tokens of each sample that stay dense, below 0 its last (`rows` splits them off).
     deflated: leading rows of `down` taken out of X before pruning; such layers share a `sparsify` only with
     one `down`.
     """

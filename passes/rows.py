@@ -1,9 +1,11 @@
-"""Leading tokens of each sample that stay dense beside the sparse rest (text in a joint sequence).
+"""First or last tokens of each sample that stay dense beside the sparse rest (text in a joint sequence).
 
     x = gelu(h)                                             u = gelu(h[:, :T]);  v = gelu(h[:, T:])
     y = rt_lynx::linear(x, W, b, …, dense_tokens=T)   →     text = linear(u, W, b)
                                                             rest = rt_lynx::linear(v, W, b, …)
                                                             y = cat([text, rest], 1)
+
+(dense_tokens=-T: the last T of each sample; the parts change places.)
 
 Layers that read one x share its parts, so that they can share one `sparsify` too. What makes x is done for
 each part, where nothing else reads it, so that it folds into that `sparsify` and never needs all of x;
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..runtime import semantics
 from .graph import (
     ROW_MAJOR_VIEWS,
     insert,
@@ -61,19 +64,22 @@ class _Splitter:
             self._parts[x, tokens] = self._parts_of(x, tokens, node)
         text, image = self._parts[x, tokens]
         dense = insert(node, torch._C._nn.linear, (text, *node.args[1:3]), node)
-        dense.meta["example_value"] = out[:, :tokens]
+        dense.meta["example_value"], of_rest = semantics.split_tokens(out, tokens)
         # of the marker's arguments all but dense_tokens, which is 0 for what is left
         rest = insert(node, node.target, (image, *node.args[1:_DENSE_TOKENS], 0, *node.args[10:]), node)
-        rest.meta["example_value"] = out[:, tokens:]
-        replace(node, insert(node, torch.cat, ([dense, rest], _TOKENS), node))
+        rest.meta["example_value"] = of_rest
+        joined = [dense, rest] if tokens > 0 else [rest, dense]
+        replace(node, insert(node, torch.cat, (joined, _TOKENS), node))
         found = match_linear(rest)
         assert found is not None
         found.min_tokens = linear.min_tokens
         return found
 
     def _parts_of(self, x: fx.Node, tokens: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """x[:, :tokens] and x[:, tokens:], from parts of what x is made of where only such layers read x."""
+        """The dense and the other tokens of x, from parts of its makers where only such layers read x."""
         parts = slice(None, tokens), slice(tokens, None)
+        if tokens < 0:
+            parts = parts[1], parts[0]
         only_here = all(self._asking.get(user) == tokens for user in real_users(x))
         made_of = self._made_of(x, before) if only_here else None
         if made_of is None:

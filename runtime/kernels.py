@@ -117,9 +117,10 @@ def _linear_key(
     residual: Tensor | None = None,
     left: Tensor | None = None,
     top: Tensor | None = None,
+    bottom: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
-    beside = left is not None or top is not None
+    beside = left is not None or top is not None or bottom is not None
     return (activation, beside, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 
@@ -171,20 +172,34 @@ def _sparse_linear(
     residual: Tensor | None = None,
     left: Tensor | None = None,
     top: Tensor | None = None,
+    bottom: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> Tensor:
     options, given = _linear_key(
-        values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual, left, top, version
+        values,
+        metadata,
+        scale,
+        t,
+        weight,
+        lora_up,
+        bias,
+        activation,
+        gate,
+        residual,
+        left,
+        top,
+        bottom,
+        version,
     )
-    beside = top if left is None else left
+    beside = left if left is not None else top if top is not None else bottom
     placed = beside is not None
     if beside is not None:
-        options = *options, left is None, beside.shape, beside.dtype
+        options = *options, left is None, bottom is None, beside.shape, beside.dtype
     known = _placed_calls if placed else _linear_calls
     call = known.find(options, given)
     if call is not None:
-        return placement.fill(call.run()[0], left, top)
-    ops.check_beside(values, weight.shape[0], left, top)
+        return placement.fill(call.run()[0], left, top, bottom)
+    ops.check_beside(values, weight.shape[0], left, top, bottom)
     prepare_gemm = _gemm(values.get_device(), values.dtype)
     if prepare_gemm is None or version != ops.VERSION:
         return ops._sparse_linear_reference(
@@ -200,24 +215,25 @@ def _sparse_linear(
             residual=residual,
             left=left,
             top=top,
+            bottom=bottom,
             version=version,
         )
     if activation not in semantics.ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
     if not values.shape[0] or not weight.shape[0]:
-        return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top)
+        return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top, bottom)
     checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
     *matrices, up, bias, gate, residual = checked
     layer = *matrices, up, bias, activation, gate, residual
     if placed:
-        call = placement.prepare(prepare_gemm, layer, left, top)
+        call = placement.prepare(prepare_gemm, layer, left, top, bottom)
         if call is None:
-            return ops.placed(prepare_gemm(*layer).run()[0], left, top)
+            return ops.placed(prepare_gemm(*layer).run()[0], left, top, bottom)
     else:
         call = prepare_gemm(*layer)
     if all(a is b for a, b in zip(checked, given, strict=True)):
         known.keep(options, given, call)
-    return placement.fill(call.run()[0], left, top)
+    return placement.fill(call.run()[0], left, top, bottom)
 
 
 def _together_key(

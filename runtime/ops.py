@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import dense, layout, semantics
 
-VERSION = 2
+VERSION = 3
 NAMESPACE = "rt_lynx"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -38,7 +38,8 @@ _library.define(
 _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor scale, Tensor t, Tensor weight, "
     "Tensor? lora_up=None, Tensor? bias=None, str activation='none', Tensor? gate=None, "
-    f"Tensor? residual=None, Tensor? left=None, Tensor? top=None, int version={VERSION}) -> Tensor",
+    "Tensor? residual=None, Tensor? left=None, Tensor? top=None, Tensor? bottom=None, "
+    f"int version={VERSION}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
@@ -149,15 +150,16 @@ def _sparse_linear_reference(
     residual: Tensor | None = None,
     left: Tensor | None = None,
     top: Tensor | None = None,
+    bottom: Tensor | None = None,
     version: int = VERSION,
 ) -> Tensor:
     """y (M, N) of `semantics.sparse_linear`, as part of a wider or longer matrix.
 
-    left (M, L): columns in front of y's, (M, L + N).  top (S, T, N): rows in front of those of each of the S
-    samples, (S·T + M, N). At most one of them, in the dtype of values and on their device.
+    left (M, L): columns in front of y's, (M, L + N).  top, bottom (S, T, N): rows in front of those of each
+    of the S samples, or behind them, (S·T + M, N). At most one of them, in values' dtype, on their device.
     """
     _check_version(version)
-    check_beside(values, weight.shape[0], left, top)
+    check_beside(values, weight.shape[0], left, top, bottom)
     y = semantics.sparse_linear(
         layout.unpack(values, metadata),
         scale,
@@ -169,38 +171,44 @@ def _sparse_linear_reference(
         gate=gate,
         residual=residual,
     )
-    return placed(y, left, top)
+    return placed(y, left, top, bottom)
 
 
-def check_beside(values: Tensor, n: int, left: Tensor | None, top: Tensor | None) -> None:
-    """Raises TypeError and ValueError for what cannot stand beside or above y (M, n)."""
-    if left is not None and top is not None:
-        raise ValueError("sparse_linear: left and top are both given; give one, and join the other with cat")
-    for name, part in (("left", left), ("top", top)):
-        if part is None:
-            continue
+def check_beside(
+    values: Tensor, n: int, left: Tensor | None, top: Tensor | None, bottom: Tensor | None
+) -> None:
+    """Raises TypeError and ValueError for what cannot stand beside, above or below y (M, n)."""
+    given = {name: t for name, t in (("left", left), ("top", top), ("bottom", bottom)) if t is not None}
+    if len(given) > 1:
+        raise ValueError(
+            f"sparse_linear: {' and '.join(given)} are both given; give one, and join the other with cat"
+        )
+    for name, part in given.items():
         if part.dtype is not values.dtype:
             raise TypeError(f"sparse_linear: {name} is {part.dtype}, expected {values.dtype}; cast it")
         if part.device != values.device:
             raise ValueError(f"sparse_linear: {name} is on {part.device}, expected {values.device}; move it")
-    m = values.shape[0]
-    if left is not None and left.numel() != m * left.shape[-1]:
-        raise ValueError(f"sparse_linear: left has shape {tuple(left.shape)}; expected M = {m} rows")
-    if top is not None and (top.dim() != 3 or top.shape[2] != n or m % max(top.shape[0], 1)):
-        raise ValueError(
-            f"sparse_linear: top has shape {tuple(top.shape)}; expected (S, T, N = {n}) with M = {m} "
-            "a multiple of S"
-        )
+        m = values.shape[0]
+        if name == "left":
+            if part.numel() != m * part.shape[-1]:
+                raise ValueError(f"sparse_linear: left has shape {tuple(part.shape)}; expected M = {m} rows")
+        elif part.dim() != 3 or part.shape[2] != n or m % max(part.shape[0], 1):
+            raise ValueError(
+                f"sparse_linear: {name} has shape {tuple(part.shape)}; expected (S, T, N = {n}) with M = {m} "
+                "a multiple of S"
+            )
 
 
-def placed(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
-    """y beside `left`, or each sample's rows of it below those of `top`."""
+def placed(y: Tensor, left: Tensor | None, top: Tensor | None, bottom: Tensor | None) -> Tensor:
+    """y beside `left`, or each sample's rows of it below those of `top` or above those of `bottom`."""
     if left is not None:
         return torch.cat([left.reshape(y.shape[0], left.shape[-1]), y], 1)
-    if top is None:
+    other = top if bottom is None else bottom
+    if other is None:
         return y
-    samples, n = top.shape[0], y.shape[1]
-    return torch.cat([top, y.reshape(samples, y.shape[0] // max(samples, 1), n)], 1).flatten(0, 1)
+    samples, n = other.shape[0], y.shape[1]
+    own = y.reshape(samples, y.shape[0] // max(samples, 1), n)
+    return torch.cat([other, own] if bottom is None else [own, other], 1).flatten(0, 1)
 
 
 def _sparse_linear_fake(
@@ -216,14 +224,16 @@ def _sparse_linear_fake(
     residual: Tensor | None = None,
     left: Tensor | None = None,
     top: Tensor | None = None,
+    bottom: Tensor | None = None,
     version: int = VERSION,
 ) -> Tensor:
     _check_version(version)
     m, n = values.shape[0], weight.shape[0]
     if left is not None:
         n = n + left.shape[-1]
-    if top is not None:
-        m = m + top.shape[0] * top.shape[1]
+    for rows in (top, bottom):
+        if rows is not None:
+            m = m + rows.shape[0] * rows.shape[1]
     return values.new_empty((m, n))
 
 

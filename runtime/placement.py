@@ -1,4 +1,4 @@
-"""`sparse_linear` into a part of a larger matrix: beside `left`, or below each sample's rows of `top`."""
+"""`sparse_linear` into a part of a larger matrix: beside `left`, below `top` or above `bottom`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _WIDE = torch.complex128
 
 
 def prepare(
-    prepare_gemm: Callable[..., Call], layer: Sequence[Any], left: Tensor | None, top: Tensor | None
+    prepare_gemm: Callable[..., Call],
+    layer: Sequence[Any],
+    left: Tensor | None,
+    top: Tensor | None,
+    bottom: Tensor | None,
 ) -> Call | None:
     """The call that writes y to its place in the whole; `fill` adds the rest. None where no kernel can.
 
@@ -31,32 +35,36 @@ def prepare(
             return None
         call = prepare_gemm(*layer, y_stride=width + n)
         return Call(device, [((m, width + n), dtype)], _moved(call, width * dtype.itemsize), call.copies)
-    assert top is not None
-    samples, above, _ = top.shape
-    rows = m // samples
+    other = top if bottom is None else bottom
+    assert other is not None
+    samples, apart, _ = other.shape
+    rows, above = m // samples, apart if bottom is None else 0
     if gate is not None or residual is not None or (samples > 1 and rows % layout.BLOCK_ROWS):
         return None
     if bias is not None and bias.numel() not in (n, samples * n):
         return None
-    whole = [((samples * (above + rows), n), dtype)]
+    whole = [((samples * (apart + rows), n), dtype)]
     blocks = metadata.view(-1, k // layout.BLOCK_COLUMNS, layout.WORDS).split(-(-rows // layout.BLOCK_ROWS))
     biases = [bias] * samples if bias is None or bias.numel() == n else bias.reshape(samples, n).unbind(0)
     parts = zip(values.split(rows), blocks, scale.split(rows), t.split(rows), biases, strict=True)
     launches: list[Launch] = []
     for sample, (*compressed, part_t, part_bias) in enumerate(parts):
         call = prepare_gemm(*compressed, part_t, weight, lora_up, part_bias, activation, None, None)
-        offset = (sample * (above + rows) + above) * n * dtype.itemsize
+        offset = (sample * (apart + rows) + above) * n * dtype.itemsize
         launches += _moved(call, offset)
     return Call(device, whole, launches)
 
 
-def fill(y: Tensor, left: Tensor | None, top: Tensor | None) -> Tensor:
-    """y with `left` or `top` in its place; y itself without either."""
+def fill(y: Tensor, left: Tensor | None, top: Tensor | None, bottom: Tensor | None) -> Tensor:
+    """y with `left`, `top` or `bottom` in its place; y itself without any."""
     if left is not None:
         width = left.shape[-1]
         _copy(y[:, :width], left.reshape(y.shape[0], width))
     elif top is not None:
         _copy(y.unflatten(0, (top.shape[0], -1))[:, : top.shape[1]], top)
+    elif bottom is not None:
+        whole = y.unflatten(0, (bottom.shape[0], -1))
+        _copy(whole[:, whole.shape[1] - bottom.shape[1] :], bottom)
     return y
 
 

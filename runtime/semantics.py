@@ -208,6 +208,21 @@ def sparsify(
     return Sparsified(pruned, keep, scale, t)
 
 
+def split_tokens(x: Tensor, dense_tokens: int) -> tuple[Tensor, Tensor]:
+    """x (S, L, …) as the tokens that stay dense and the others.
+
+    dense_tokens: that many leading tokens of each sample are dense; below 0, that many of its last.
+    """
+    if dense_tokens < 0:
+        return x[:, dense_tokens:], x[:, :dense_tokens]
+    return x[:, :dense_tokens], x[:, dense_tokens:]
+
+
+def join_tokens(dense: Tensor, others: Tensor, dense_tokens: int) -> Tensor:
+    """What `split_tokens` split, in its order."""
+    return torch.cat([others, dense] if dense_tokens < 0 else [dense, others], 1)
+
+
 def sparse_linear(
     pruned: Tensor,
     scale: Tensor,

@@ -152,7 +152,7 @@ def test_text_rows_of_joint_sequences_are_counted_dense(monkeypatch):
 
 def test_models_without_text_in_front_are_named():
     model, inputs = zoo.build("QwenImageTransformer2DModel")
-    with pytest.raises(RuntimeError, match="QwenImageTransformer2DModel is known to read text in front"):
+    with pytest.raises(RuntimeError, match="QwenImageTransformer2DModel is known to read text and image"):
         backends.attach_random_branches(model, 16, inputs, text_dense=True)
 
 

@@ -23,7 +23,7 @@ from lynx_compile.calibration.refine import (
 )
 from lynx_compile.calibration.sensitivity import Sensitivity, block_of, class_of
 from lynx_compile.calibration.solve import allocate_ranks, deflations, lora_branches
-from lynx_compile.calibration.statistics import Moments, moments_bytes, spread_over
+from lynx_compile.calibration.statistics import Moments, moments_bytes, rows_of, spread_over
 from lynx_compile.profile import Branch
 from lynx_compile.runtime import semantics
 
@@ -294,7 +294,6 @@ def test_memory_budget_must_hold_one_input() -> None:
         {"rank": 2.5},
         {"total_rank": -3},
         {"steps": 0},
-        {"dense_tokens": {"*": -1}},
     ],
 )
 def test_counts_are_checked_before_anything_runs(options: dict[str, Any]) -> None:
@@ -386,11 +385,17 @@ def test_emulation_restores_the_model() -> None:
         emulate(workload.model, {"blocks.7.to_q": Branch()}).__enter__()
 
 
-def test_leading_tokens_stay_dense() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "dense", "others"),
+    [(3, slice(0, 3), slice(3, 10)), (-3, slice(7, 10), slice(0, 7)), (-12, slice(0, 10), slice(0, 0))],
+)
+def test_tokens_of_one_end_stay_dense(tokens: int, dense: slice, others: slice) -> None:
     layer, x = nn.Linear(64, 64), torch.randn(2, 10, 64)
-    y = Branch(dense_tokens=3)(layer, x)
-    torch.testing.assert_close(y[:, :3], layer(x)[:, :3])
-    torch.testing.assert_close(y[:, 3:], Branch()(layer, x[:, 3:]))
+    y = Branch(dense_tokens=tokens)(layer, x)
+    assert y.shape == (2, 10, 64)
+    torch.testing.assert_close(y[:, dense], layer(x)[:, dense])
+    torch.testing.assert_close(y[:, others], Branch()(layer, x[:, others]))
+    assert torch.equal(rows_of(x, tokens), x[:, others].reshape(-1, 64))
 
 
 def test_sensitivity_by_layer_class_and_block() -> None:

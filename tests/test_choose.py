@@ -8,14 +8,16 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lynx_compile.calibration import calibrate
+from lynx_compile.calibration import Inputs, calibrate
 from lynx_compile.calibration.choose import Chooser, apply_choice, chooser_for
 from lynx_compile.calibration.costs import costs_of
 from lynx_compile.calibration.front import Choice, Problem, Way, neighbours, pick, points
 from lynx_compile.calibration.sensitivity import Sensitivity, gram_of
-from lynx_compile.calibration.text_rows import joint_text_rows
+from lynx_compile.calibration.text_rows import joint_text_rows, text_rows_of
 from lynx_compile.profile import Layer, Profile
+from tests import zoo
 from tests.test_calibration import make_workload
 
 
@@ -99,6 +101,7 @@ def test_costs_count_dense_rows_as_dense() -> None:
     assert costs.dense_time == 7 * layer
     assert costs.saved["blocks.0.to_q"] == layer / 2
     assert costs.rows_saved == {"blocks.0.to_q": layer / 2 * 18 / 24}
+    assert costs_of(profile, workload.model, "flops", {"blocks.0.to_q": -6}).rows_saved == costs.rows_saved
     profile.layers = {"wide": Layer((12288, 3072), True, "", tokens=4608)}
     predicted = costs_of(profile, workload.model, "h200", {"wide": 512})
     assert 0 < predicted.rows_saved["wide"] < predicted.saved["wide"] < predicted.dense_time
@@ -111,6 +114,27 @@ def test_text_rows_of_a_joint_sequence() -> None:
     assert joint_text_rows(study, ["blocks.0.to_q", "blocks.1.to_q"], {"blocks.1.*": 6}) == {
         "blocks.1.to_q": 6
     }
+
+
+def test_text_rows_of_known_models() -> None:
+    flux, inputs = zoo.build("FluxTransformer2DModel")
+    text = inputs["encoder_hidden_states"].shape[1]
+    assert text_rows_of(flux, (), inputs) == ("single_transformer_blocks.*", text)
+    z_image, inputs = zoo.build("ZImageTransformer2DModel")
+    captions = [torch.randn(tokens, 64) for tokens in (7, 33)]
+    call = (inputs["x"] * 2, inputs["t"], captions)
+    assert text_rows_of(z_image, call, {"return_dict": False}) == ("layers.*", -64)
+    assert text_rows_of(z_image, (*call[:2], [captions]), {}) is None  # an edit: captions in front
+    assert text_rows_of(nn.Sequential(nn.Linear(4, 4)), (torch.zeros(4),), {}) is None
+
+
+def test_the_longest_text_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = zoo.build("ZImageTransformer2DModel")
+    study = Sensitivity(Inputs(model, [inputs]), quiet=True)
+    calls = [((), {**inputs, "cap_feats": [torch.randn(n, 64)]}) for n in (20, 70, 40)]
+    monkeypatch.setattr(study, "first_calls", lambda: calls)
+    names = ["layers.0.attention.to_q", "context_refiner.0.attention.to_q"]
+    assert joint_text_rows(study, names) == {"layers.0.attention.to_q": -96}
 
 
 def measured_chooser() -> tuple[Chooser, Profile, Sensitivity]:

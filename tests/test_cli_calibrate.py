@@ -48,9 +48,9 @@ def test_last_steps_may_be_sparse(prompts: Path) -> None:
     assert load_profile(prompts.parent / "profile").dense_last_steps == 0
 
 
-@pytest.mark.parametrize("aim", [("--max-error", "0.02"), ("--speed", "1.25")])
-def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
-    result = calibrate(prompts, *aim, "--costs", "flops", "--text-rows", "blocks.1.*=6")
+@pytest.mark.parametrize(("aim", "rows"), [(("--max-error", "0.02"), 6), (("--speed", "1.25"), -6)])
+def test_chooses_and_draws(prompts: Path, aim: tuple[str, str], rows: int) -> None:
+    result = calibrate(prompts, *aim, "--costs", "flops", "--text-rows", f"blocks.1.*={rows}")
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "sensitivity of 9 choices: about" in said  # six layers, three of them with text rows
@@ -81,6 +81,7 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str]) -> None:
         (("--count", "20"), "has 12 prompts, 24 are needed"),
         (("--text-rows", "blocks.1"), "is not GLOB=N"),
         (("--text-rows", "blocks.1=²"), "is not GLOB=N"),
+        (("--text-rows", "blocks.1=--6"), "is not GLOB=N"),
         (("--rank", "257"), "rank=257: deflation takes at most 256 directions; or give deflate=False (--no-"),
         (("--text-rows", "blocks.1.*=6"), "--text-rows is for the choice"),
         (

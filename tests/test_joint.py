@@ -46,7 +46,7 @@ def branches(deflate: bool, **data: object) -> dict[str, Branch]:
 
 
 @pytest.mark.parametrize("deflate", [False, True])
-@pytest.mark.parametrize("dense_tokens", [0, 5])
+@pytest.mark.parametrize("dense_tokens", [0, 5, -5])
 @pytest.mark.parametrize("compensation", ["norm", "native"])
 def test_the_forward_of_training_is_the_branchs(model, deflate, dense_tokens, compensation) -> None:
     x = inputs(1)[0]

@@ -197,7 +197,6 @@ def test_a_switch_runs_the_layers_dense_meanwhile():
         ({"shift": torch.zeros(65)}, ValueError, r"shift is \(65,\)"),
         ({"down": torch.zeros(16, 64), "up": torch.zeros(64, 8)}, ValueError, r"up is \(64, 8\)"),
         ({"decision": "sprase"}, ValueError, "sprase"),
-        ({"dense_tokens": -1}, ValueError, "dense_tokens=-1"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, error, words):

@@ -36,6 +36,8 @@ def test_a_lever_with_nothing_but_a_centre_is_the_shifted_branch(layer) -> None:
     text = Lever(native, dense_tokens=2)(layer, x)
     torch.testing.assert_close(text[:, :2], layer(x)[:, :2])
     torch.testing.assert_close(text[:, 2:], Branch(compensation="native")(layer, x)[:, 2:])
+    last = Lever(native, dense_tokens=-2)(layer, x)
+    torch.testing.assert_close(last, Branch(compensation="native", dense_tokens=-2)(layer, x))
 
 
 def test_second_order_finds_the_best_pattern_and_update_of_each_group(layer) -> None:

@@ -38,16 +38,16 @@ def prepare_gemm(*layer, y_stride=0):
     return Call(-1, [((m, n), layer[0].dtype)], [launch])
 
 
-def placed(layer, left=None, top=None):
+def placed(layer, left=None, top=None, bottom=None):
     """The whole as the call's launches and `fill` write it; None where there is no call."""
-    call = placement.prepare(prepare_gemm, layer, left, top)
+    call = placement.prepare(prepare_gemm, layer, left, top, bottom)
     if call is None:
         return None
     ((shape, _, dtype),) = call.outputs
     y = torch.full(shape, torch.nan, dtype=dtype)
     for launch in call.launches:
         launch.kernel.launch(0, launch.grid, launch.packed, launch.outputs(y.data_ptr()))
-    return placement.fill(y, left, top)
+    return placement.fill(y, left, top, bottom)
 
 
 def layer(m, n, rank=16, samples=1, **tail):
@@ -64,8 +64,8 @@ def layer(m, n, rank=16, samples=1, **tail):
     return *s[:3], t, normal(n, K), up, bias, "gelu", gate, residual
 
 
-def expected(layer, left=None, top=None):
-    return ops._sparse_linear_reference(*layer, left=left, top=top)
+def expected(layer, **beside):
+    return ops._sparse_linear_reference(*layer, **beside)
 
 
 @pytest.mark.parametrize("m", [1, 64, 77])
@@ -81,23 +81,25 @@ def test_a_width_that_no_store_fits_has_no_call():
 
 
 @pytest.mark.parametrize(
-    ("samples", "rows", "above"), [(1, 77, 5), (1, 64, 0), (2, 64, 3), (3, 128, 64), (2, 64, 0)]
+    ("samples", "rows", "others"), [(1, 77, 5), (1, 64, 0), (2, 64, 3), (3, 128, 64), (2, 64, 0)]
 )
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("own_bias", [False, True])
-def test_below(samples, rows, above, rank, own_bias):
+@pytest.mark.parametrize("side", ["top", "bottom"])
+def test_below_and_above(samples, rows, others, rank, own_bias, side):
     arguments = layer(samples * rows, 48, rank, samples if own_bias else 1)
-    top = torch.randn(samples, above, 48)
-    torch.testing.assert_close(placed(arguments, top=top), expected(arguments, top=top))
+    beside = {side: torch.randn(samples, others, 48)}
+    torch.testing.assert_close(placed(arguments, **beside), expected(arguments, **beside))
 
 
 @pytest.mark.parametrize(
     "arguments", [layer(2 * 70, 48), layer(128, 48, gate=True), layer(256, 48, samples=4)]
 )
-def test_what_cannot_be_below_has_no_call(arguments):
+@pytest.mark.parametrize("side", ["top", "bottom"])
+def test_what_cannot_be_below_or_above_has_no_call(arguments, side):
     """Samples that end inside a block of metadata; a gate or a residual, whose rows would have to move; a
     bias of other samples."""
-    assert placed(arguments, top=torch.randn(2, 4, 48)) is None
+    assert placed(arguments, **{side: torch.randn(2, 4, 48)}) is None
 
 
 def test_the_reference_is_a_concatenation():
@@ -110,6 +112,8 @@ def test_the_reference_is_a_concatenation():
     assert torch.equal(expected(arguments, left=left), torch.cat([left.reshape(128, 24), y], 1))
     whole = torch.cat([top, y.reshape(2, 64, 48)], 1)
     assert torch.equal(expected(arguments, top=top), whole.reshape(-1, 48))
+    whole = torch.cat([y.reshape(2, 64, 48), top], 1)
+    assert torch.equal(expected(arguments, bottom=top), whole.reshape(-1, 48))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,17 @@ def test_the_reference_is_a_concatenation():
         ({"top": torch.zeros(2, 3, 30).bfloat16()}, ValueError, r"top has shape \(2, 3, 30\)"),
         ({"top": torch.zeros(5, 3, 32).bfloat16()}, ValueError, "a multiple of S"),
         ({"top": torch.zeros(3, 32).bfloat16()}, ValueError, r"expected \(S, T, N = 32\)"),
-        ({"left": torch.zeros(96, 8), "top": torch.zeros(2, 3, 32)}, ValueError, "both given"),
+        ({"bottom": torch.zeros(2, 3, 30).bfloat16()}, ValueError, r"bottom has shape \(2, 3, 30\)"),
+        (
+            {"left": torch.zeros(96, 8), "top": torch.zeros(2, 3, 32)},
+            ValueError,
+            "left and top are both given",
+        ),
+        (
+            {"top": torch.zeros(2, 3, 32), "bottom": torch.zeros(2, 3, 32)},
+            ValueError,
+            "top and bottom are both",
+        ),
     ],
 )
 def test_what_cannot_stand_beside_is_refused(beside, error, words):
@@ -131,7 +145,7 @@ def test_what_cannot_stand_beside_is_refused(beside, error, words):
         ops.sparse_linear(*compressed, operands.weight, **beside)
 
 
-@pytest.mark.parametrize("side", ["left", "top"])
+@pytest.mark.parametrize("side", ["left", "top", "bottom"])
 def test_a_part_of_another_dtype_is_refused_also_after_a_right_one(driver, side):
     operands = stand_in.Operands()
     right = torch.zeros(96, 8) if side == "left" else torch.zeros(2, 3, 32)
@@ -146,16 +160,17 @@ def test_a_part_of_another_dtype_is_refused_also_after_a_right_one(driver, side)
     ("rows", "left", "top"),
     [(0, (2, 0, 8), None), (4, (4, 0), None), (0, None, (2, 3, 48)), (0, None, (0, 3, 48))],
 )
-def test_nothing_beside_or_below(rows, left, top):
+@pytest.mark.parametrize("below", [False, True])
+def test_nothing_beside_or_below(rows, left, top, below):
     y = torch.randn(rows, 48)
-    shapes = [None if shape is None else torch.randn(shape) for shape in (left, top)]
-    whole = ops.placed(y, *shapes)
+    columns, others = [None if shape is None else torch.randn(shape) for shape in (left, top)]
+    whole = ops.placed(y, columns, None, others) if below else ops.placed(y, columns, others, None)
     assert whole.shape == (6 if top and top[0] else rows, 48 + (left[-1] if left else 0))
 
 
 def test_nothing_is_filled_in():
     y = torch.randn(4, 48)
-    assert torch.equal(placement.fill(y.clone(), torch.randn(4, 0), None), y)
+    assert torch.equal(placement.fill(y.clone(), torch.randn(4, 0), None, None), y)
 
 
 def test_layers_together_are_checked_once_and_remembered(monkeypatch):

@@ -378,8 +378,19 @@ def test_diff_and_merge(folder: Path, tmp_path: Path) -> None:
     save_profile(both, tmp_path / "merged")
     assert load_profile(tmp_path / "merged").layers["blocks.0.up"].branch.rank == 16
     first.dense_steps, second.dense_last_steps, second.steps = 1, 3, 8
+    set_tokens = lambda profile, tokens: setattr(  # noqa: E731
+        profile.layers["blocks.0.up"],
+        "branch",
+        replace(profile.layers["blocks.0.up"].branch, dense_tokens=tokens),
+    )
+    set_tokens(first, -32), set_tokens(second, -64)
     both = merge(first, second)
     assert (both.dense_steps, both.dense_last_steps, both.steps) == (1, 2, 4)
+    save_profile(both, tmp_path / "last")
+    assert load_profile(tmp_path / "last").layers["blocks.0.up"].branch.dense_tokens == -64
+    set_tokens(second, 64)
+    with pytest.raises(ProfileError, match=r"blocks\.0\.up\.dense_tokens: is -32 in one and 64 in the other"):
+        merge(first, second)
     with pytest.raises(ProfileError, match="different models"):
         merge(first, make_profile(make_model(seed=1)))
 

@@ -120,9 +120,10 @@ def test_proxies_leave_nothing_but_the_op():
     ops.sparse_linear(*layer)
     ops.sparse_linear(*layer, left=left)
     ops.sparse_linear(*layer, top=top)
+    ops.sparse_linear(*layer, bottom=top)
     ops.sparse_linears(*layer[:3], layer[3:4], layer[4:5], [None], [None], ["none"], [None], [None])
     called = [node.target for node in graph.nodes if node.op != "placeholder"]
-    assert called == [ops.sparsify, *[ops.sparse_linear] * 3, ops.sparse_linears]
+    assert called == [ops.sparsify, *[ops.sparse_linear] * 4, ops.sparse_linears]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Hooks, Readers
-from ..calibration.text_rows import text_first_layers
+from ..calibration.text_rows import text_rows_of
 from ..layers import LynxLinear, attach, detach
 from ..regional import compile_blocks
 
@@ -173,13 +173,15 @@ def attach_random_branches(
 
     As in a calibrated profile, layers that read the same tensor share A; an eager step on `inputs` tells
     which do. Layers that stay dense ignore theirs. deflated: the branch takes its directions out of X before
-    pruning. text_dense: layers that read text in front of the image leave the rows of the text in `inputs`
-    dense. Returns how many were attached. Raises RuntimeError where no layer is known to read such text.
+    pruning. text_dense: layers that read text and image as one sequence leave the rows of the text in
+    `inputs` dense. Returns how many were attached. Raises RuntimeError where no layer is known to read both.
     """
-    joint = text_first_layers(model) if text_dense else None
+    joint = text_rows_of(model, (), inputs) if text_dense else None
     if text_dense and joint is None:
-        raise RuntimeError(f"no layer of {type(model).__name__} is known to read text in front of the image")
-    text = inputs["encoder_hidden_states"].shape[1] if joint else 0
+        raise RuntimeError(
+            f"no layer of {type(model).__name__} is known to read text and image as one sequence"
+        )
+    glob, text = joint or ("", 0)
     kinds: Any = model._repeated_blocks
     linears = {
         f"{path}.{name}": module
@@ -205,7 +207,7 @@ def attach_random_branches(
                 down=down,
                 up=up,
                 deflated=rank if deflated else 0,
-                dense_tokens=text if joint and fnmatchcase(name, joint) else 0,
+                dense_tokens=text if fnmatchcase(name, glob) else 0,
             )
         attached += len(group)
     return attached

@@ -320,7 +320,7 @@ def sparse_work(model: nn.Module, inputs: Mapping[str, Any]) -> Row:
                 row = next((decided[key] for key in keys if key in decided), None)
                 sparse = row is not None and row.decision == "sparse" and m >= (row.min_tokens or 0)
                 # text rows of a joint sequence may stay dense in a sparse layer
-                text = output.shape[0] * getattr(module, "lynx_dense_tokens", 0) if sparse else 0
+                text = output.shape[0] * abs(getattr(module, "lynx_dense_tokens", 0)) if sparse else 0
                 flops[sparse] += 2 * (m - text) * n * k
                 flops[False] += 2 * text * n * k
                 if sparse and counted.get(id(args[0])) is not args[0]:

@@ -172,9 +172,9 @@ def chooser_for(
     """Measure every layer's and the first steps' effect, note them in the profile, and return a chooser.
 
     device: whose times count, or "flops".  share: of the saving at which the effect of dense first steps is
-    measured; it depends on what else is dense.  text_rows: layer → leading rows that are text and may stay
-    dense while the others are sparse.  dense_last_steps: of every choice, and of all that is measured;
-    `usual_last_steps` by default. Raises ValueError when they leave no sparse step.
+    measured; it depends on what else is dense.  text_rows: layer → leading rows that are text (below 0: last
+    rows) and may stay dense while the others are sparse.  dense_last_steps: of every choice, and of all that
+    is measured; `usual_last_steps` by default. Raises ValueError when they leave no sparse step.
     """
     if dense_last_steps is None:
         dense_last_steps = usual_last_steps(profile.steps)

@@ -62,10 +62,10 @@ class Found:
 class Collector:
     """Gathers moments of what a workload's linear layers read.
 
-    dense_tokens: layer → leading tokens of each sample to leave out.  memory: bytes of device memory for
-    moments. state: folder for what a resumed run needs; None keeps nothing.  quiet: no progress bar.
-    purpose: what `solve` depends on; state kept for another purpose is not used.  most_rows: of each input
-    at each call that count, evenly spread over what there are.
+    dense_tokens: layer → leading tokens of each sample to leave out, below 0 its last.
+    memory: bytes of device memory for moments. state: folder for what a resumed run needs; None keeps
+    nothing.  quiet: no progress bar.  purpose: what `solve` depends on; state kept for another purpose is not
+    used.  most_rows: of each input at each call that count, evenly spread over what there are.
     """
 
     workload: Workload

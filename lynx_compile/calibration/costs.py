@@ -42,7 +42,7 @@ def costs_of(
     """Costs of a profile's layers; of the model's other linear layers only their time counts.
 
     device: FLOPS, or one of `lynx_compile.cost.devices()`, in ms.  text_rows: layer → leading rows of a
-    sample that are text.  batch: samples in one call.
+    sample that are text, below 0 its last.  batch: samples in one call.
     """
     linears = linear_layers(model)
     other = profile.studies["other_tokens"]
@@ -52,7 +52,7 @@ def costs_of(
     )
     saved, rows_saved = {}, {}
     for name, layer in profile.layers.items():
-        (n, k), branch, text = layer.shape, layer.branch, (text_rows or {}).get(name, 0)
+        (n, k), branch, text = layer.shape, layer.branch, abs((text_rows or {}).get(name, 0))
         dense = _dense(device, batch * layer.tokens, n, k)
         dense_time += dense
         saved[name] = dense - _sparse(device, batch * layer.tokens, n, k, branch)

@@ -206,7 +206,9 @@ class Trained:
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         b, weight = self.branch, module.weight
-        sparse = x[:, b.dense_tokens :] if b.dense_tokens and x.dim() == 3 else x
+        text, sparse = None, x
+        if b.dense_tokens and x.dim() == 3:
+            text, sparse = semantics.split_tokens(x, b.dense_tokens)
         z = sparse
         bias: Tensor | None = module.bias
         if b.shift is not None:
@@ -223,8 +225,8 @@ class Trained:
         rows = z.reshape(-1, z.shape[-1])
         kept = _Prune.apply(rows, b.score, b.compensation).view(z.shape)
         y = y + F.linear(kept, weight, bias)
-        if sparse is not x:
-            y = torch.cat([F.linear(x[:, : b.dense_tokens], weight, module.bias), y], 1)
+        if text is not None:
+            y = semantics.join_tokens(F.linear(text, weight, module.bias), y, b.dense_tokens)
         return y
 
 

@@ -58,9 +58,9 @@ def calibrate(
     prune around each input's mean.  deflate: the branch takes X's leading directions out before pruning;
     without, it is a LoRA branch beside the pruned layer.  shared: LoRA branches of layers that read one X
     share their down-projection; without, each has its own, which fits better and costs its own time.
-    dense_tokens: glob on layer names → leading tokens of each sample that stay dense.  steps: denoising steps
-    of one run.  memory: bytes of device memory for statistics.  state: folder from which a killed run goes
-    on.
+    dense_tokens: glob on layer names → leading tokens of each sample that stay dense, below 0 its last.
+    steps: denoising steps of one run.  memory: bytes of device memory for statistics.  state: folder from
+    which a killed run goes on.
 
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
@@ -82,9 +82,6 @@ def calibrate(
             f"rank={rank}: deflation takes at most {MAX_DEFLATED} directions; "
             "or give deflate=False (--no-deflate)"
         )
-    for glob, tokens in (dense_tokens or {}).items():
-        if tokens < 0:
-            raise ValueError(f"dense_tokens[{glob!r}] = {tokens} is negative; it counts leading tokens")
     text = {
         name: tokens
         for name, _ in model.named_modules()

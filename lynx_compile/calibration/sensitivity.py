@@ -117,11 +117,10 @@ class Sensitivity:
             handle.remove()
         return self._samples
 
-    def first_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the model's first call."""
+    def first_calls(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Positional and keyword arguments of the model's first call, batch by batch."""
         self.samples()
-        args, kwargs, _ = self._recorded[0][0]
-        return args, kwargs
+        return [calls[0][:2] for calls in self._recorded]
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
@@ -223,7 +222,7 @@ class Sensitivity:
     @torch.compiler.set_stance("force_eager")
     def estimate_s(self, layers: Mapping[str, Forward], by: str, *, sample: bool = True) -> float:
         """Seconds `measure` will take, from one dense run and one perturbed call, both measured now."""
-        args, kwargs = self.first_call()
+        args, kwargs = self.first_calls()[0]
         start = time.monotonic()
         with torch.no_grad(), emulate(self.workload.model, layers):
             _synchronised(first_tensor(self.workload.model(*args, **kwargs)))

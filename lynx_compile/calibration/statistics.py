@@ -162,9 +162,9 @@ class Hooks:
 
 
 def rows_of(x: Tensor, dense_tokens: int = 0) -> Tensor:
-    """The tokens of x that run sparse, as (M, K): all but the first `dense_tokens` of each sample."""
+    """The tokens of x that run sparse, as (M, K): all but the `dense_tokens` of each sample."""
     if dense_tokens and x.dim() == 3:
-        x = x[:, dense_tokens:]
+        _, x = semantics.split_tokens(x, dense_tokens)
     return x.reshape(-1, x.shape[-1])
 
 

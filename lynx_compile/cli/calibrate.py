@@ -54,7 +54,7 @@ def calibrate_(
     costs: Annotated[str, typer.Option(help='Cost table, as "h200", or "flops".')] = "h200",
     text_rows: Annotated[
         list[str] | None,
-        typer.Option(help="GLOB=N: these layers' first N rows are text (FLUX and its kin are known)."),
+        typer.Option(help="GLOB=N: these layers' first N rows are text; GLOB=-N: their last N."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
 ) -> None:
@@ -201,8 +201,10 @@ def _text_rows(given: list[str] | None) -> dict[str, int]:
     found = {}
     for text in given or ():
         glob, _, rows = text.rpartition("=")
-        if not glob or not rows.isdecimal():
-            raise typer.BadParameter(f"--text-rows {text!r} is not GLOB=N, as 'single_blocks.*=512'")
+        if not glob or not rows.removeprefix("-").isdecimal():
+            raise typer.BadParameter(
+                f"--text-rows {text!r} is not GLOB=N or GLOB=-N, as 'single_blocks.*=512' or 'layers.*=-64'"
+            )
         found[glob] = int(rows)
     return found
 
@@ -253,7 +255,7 @@ def _choose(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     apply_choice(profile, choice)
-    texts = sum(rows > 0 for rows in choice.sparse.values())
+    texts = sum(rows != 0 for rows in choice.sparse.values())
     console.print(
         f"expected error {choice.error:.4f}, measured {choice.measured:.4f}, speed {choice.speed:.2f}×; "
         f"{len(choice.sparse)} of {len(branches)} layers sparse, {texts} of them with dense text rows, "

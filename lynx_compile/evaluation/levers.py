@@ -20,6 +20,7 @@ from ..calibration.solve import lora_branches
 from ..calibration.statistics import Hooks, Moments, Readers, spread_over
 from ..calibration.text_rows import joint_text_rows
 from ..profile.fingerprint import linear_layers
+from ..runtime import semantics
 from . import pruning
 from .clock import Clock
 from .ground import Ground
@@ -50,7 +51,8 @@ def native(z: Tensor) -> Tensor:
 class Lever:
     """y = restore(z)·Wₛᵀ + c·Wᵀ + z·Aᵀ·Bᵀ + b with c = centre(X), z = X − c.
 
-    weight: Wₛ (N, K), W by default.  down: A, (R, K).  up: B, (N, R).  dense_tokens: leading rows left dense.
+    weight: Wₛ (N, K), W by default.  down: A, (R, K).  up: B, (N, R).
+    dense_tokens: leading rows left dense, below 0 the last.
     """
 
     restore: Restore = norm
@@ -71,8 +73,9 @@ class Lever:
         if self.down is not None and self.up is not None:
             y = y + F.linear(F.linear(z, self.down.to(x.dtype)), self.up.to(x.dtype))
         if self.dense_tokens:
-            text = F.linear(x[:, : self.dense_tokens], weight, module.bias)
-            y = torch.cat([text, y[:, self.dense_tokens :]], 1)
+            text, _ = semantics.split_tokens(x, self.dense_tokens)
+            _, others = semantics.split_tokens(y, self.dense_tokens)
+            y = semantics.join_tokens(F.linear(text, weight, module.bias), others, self.dense_tokens)
         return y
 
 
@@ -177,7 +180,7 @@ class Bench:
             one.moments.rows += len(rows)
             one.moments.total += rows.double().sum(0)
             one.moments.gram.addmm_(rows.T, rows)
-            one.means.append(x[:, text:].float().mean(1))
+            one.means.append(semantics.split_tokens(x, text)[1].float().mean(1))
             one.per_call.setdefault(call[0], []).append(x.float().mean(1))
 
         def end() -> None:

@@ -123,7 +123,7 @@ class Table:
         }
         sparse = 0.0
         for name, forward in layers.items():
-            dense_rows = min(getattr(forward, "dense_tokens", 0), self.tokens[name])
+            dense_rows = min(abs(getattr(forward, "dense_tokens", 0)), self.tokens[name])
             sparse += flops[name] * (1 - dense_rows / self.tokens[name])
         return sparse / sum(flops.values()) * (self.steps - dense_steps) / self.steps
 
@@ -135,7 +135,7 @@ class Table:
             down = getattr(forward, "down", None)
             if down is None:
                 continue
-            rows, (n, k) = self.tokens[name] - getattr(forward, "dense_tokens", 0), self.shapes[name]
+            rows, (n, k) = self.tokens[name] - abs(getattr(forward, "dense_tokens", 0)), self.shapes[name]
             added += rows * down.shape[0] * (n if id(down) in seen else n + k)
             seen.add(id(down))
         return added / total * (self.steps - dense_steps) / self.steps

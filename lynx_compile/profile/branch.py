@@ -19,10 +19,10 @@ class Branch:
     """What stands beside one sparse linear layer (N, K); everything absent is left out of the semantics.
 
     down: A, (R, K).  up: B, (N, R).  shift: μ, (K,).  score: c, (K,).  dense_tokens: how many leading tokens
-    of each sample (B, T, K) stay dense: the text of a joint sequence.  deflate: all of A is taken out of X
-    before pruning; W·Aᵀ, which carries it, is added to B where the layer runs (`carrying`), so that A and B
-    are a LoRA branch beside the dense layer in either case.  Called with (module, x), it is the layer's
-    forward as `runtime.semantics` defines it.
+    of each sample (B, T, K) stay dense, below 0 how many of its last: the text of a joint sequence.
+    deflate: all of A is taken out of X before pruning; W·Aᵀ, which carries it, is added to B where the layer
+    runs (`carrying`), so that A and B are a LoRA branch beside the dense layer in either case.  Called with
+    (module, x), it is the layer's forward as `runtime.semantics` defines it.
     """
 
     down: Tensor | None = None
@@ -64,10 +64,11 @@ class Branch:
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         y = self._kernels(module, x) if self._has_kernels(x) else self._definition(module, x)
-        y = y.reshape(*x.shape[:-1], -1)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.dense_tokens and x.dim() == 3:
-            text = F.linear(x[:, : self.dense_tokens], module.weight, module.bias)
-            y = torch.cat([text, y[:, self.dense_tokens :]], dim=1)
+            text, _ = semantics.split_tokens(x, self.dense_tokens)
+            _, others = semantics.split_tokens(y, self.dense_tokens)
+            y = semantics.join_tokens(F.linear(text, module.weight, module.bias), others, self.dense_tokens)
         return y
 
     def _has_kernels(self, x: Tensor) -> bool:

@@ -160,7 +160,7 @@ def _described(fields: _Fields) -> Described:
         (shape[0], shape[1]),
         fields.get("decision", str) == "sparse",
         fields.get("reason", str),
-        Branch(dense_tokens=fields.count("dense_tokens"), deflate=fields.get("deflate", bool)),
+        Branch(dense_tokens=fields.tokens("dense_tokens"), deflate=fields.get("deflate", bool)),
         fields.count("tokens"),
         fields.number("error_before", optional=True),
         fields.number("error_after", optional=True),
@@ -205,6 +205,13 @@ class _Fields:
         value = self.get(name, int)
         if not least <= value < 1 << 31:
             raise self.error(name, f"is {value}, not a count from {least} on")
+        return value
+
+    def tokens(self, name: str) -> int:
+        """Leading tokens of a sample; below 0, its last."""
+        value = self.get(name, int)
+        if not -(1 << 31) < value < 1 << 31:
+            raise self.error(name, f"is {value}, not a number of tokens")
         return value
 
     def number(self, name: str, optional: bool = False) -> float | None:

@@ -74,7 +74,10 @@ def merge(first: Profile, second: Profile) -> Profile:
     ends = [*map(max, (first.dense_steps, first.dense_last_steps), scaled)]
     return Profile(
         first.model,
-        {name: _merge_layer(layer, second.layers[name], weight) for name, layer in first.layers.items()},
+        {
+            name: _merge_layer(name, layer, second.layers[name], weight)
+            for name, layer in first.layers.items()
+        },
         first.compensation,
         dense_steps=ends[0],
         dense_last_steps=ends[1],
@@ -83,7 +86,7 @@ def merge(first: Profile, second: Profile) -> Profile:
     )
 
 
-def _merge_layer(a: Layer, b: Layer, weight: float) -> Layer:
+def _merge_layer(name: str, a: Layer, b: Layer, weight: float) -> Layer:
     deflate = a.branch.deflate and b.branch.deflate
     factors = _merge_deflations if deflate else _merge_factors
     down, up = factors(a.branch, b.branch, weight)
@@ -98,13 +101,25 @@ def _merge_layer(a: Layer, b: Layer, weight: float) -> Layer:
             up=up,
             shift=_average(a.branch.shift, b.branch.shift, weight, 0.0),
             score=_average(a.branch.score, b.branch.score, weight, 1.0),
-            dense_tokens=max(a.branch.dense_tokens, b.branch.dense_tokens),
+            dense_tokens=_merge_tokens(name, a.branch.dense_tokens, b.branch.dense_tokens),
         ),
         a.tokens,
         _average_number(a.error_before, b.error_before, weight),
         _average_number(a.error_after, b.error_after, weight),
         {key: weight * a.sensitivity[key] + (1 - weight) * b.sensitivity[key] for key in sorted(shared)},
     )
+
+
+def _merge_tokens(name: str, a: int, b: int) -> int:
+    """The more of the two, at the end of the sequence that both mean."""
+    if a * b < 0:
+        raise ProfileError(
+            JSON,
+            f"layers.{name}.dense_tokens",
+            f"is {a} in one and {b} in the other: the first and the last tokens of a sample",
+            "calibrate both with the same text rows",
+        )
+    return max(a, b, key=abs)
 
 
 def _merge_factors(a: Branch, b: Branch, weight: float) -> tuple[Tensor | None, Tensor | None]:

@@ -22,6 +22,7 @@ def branches(k: int, n: int) -> dict[str, Branch]:
         "native": Branch(compensation="native"),
         "shift and branch": Branch(shift=normal(k, scale=0.2), **factors),
         "text dense": Branch(dense_tokens=8, **factors),
+        "last text dense": Branch(dense_tokens=-8, **factors),
         "deflated": Branch(shift=normal(k, scale=0.2), deflate=True, **factors),
     }
 

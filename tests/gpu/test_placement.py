@@ -29,19 +29,23 @@ def close(y, want):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("samples", "rows", "above"), [(1, 1024, 40), (1, 77, 3), (2, 128, 16), (3, 70, 5), (2, 64, 0)]
+    ("samples", "rows", "others"), [(1, 1024, 40), (1, 77, 3), (2, 128, 16), (3, 70, 5), (2, 64, 0)]
 )
-def test_below_the_rows_of_each_sample(samples, rows, above, dtype):
+@pytest.mark.parametrize("side", ["top", "bottom"])
+def test_beside_the_rows_of_each_sample(samples, rows, others, dtype, side):
     x, down = normal(0, samples * rows, K, dtype=dtype), normal(1, 32, K, dtype=dtype) / 16
     s = ops.sparsify("identity", [x], lora_down=down)
     weight, up, bias = layer(320, 32, 2, dtype)
-    top = normal(9, samples, above, 320, dtype=dtype)
-    want = ops.placed(ops.sparse_linear(*s, weight, lora_up=up, bias=bias, activation="gelu"), None, top)
+    beside = normal(9, samples, others, 320, dtype=dtype)
+    alone = ops.sparse_linear(*s, weight, lora_up=up, bias=bias, activation="gelu")
+    want = ops.placed(alone, None, beside, None) if side == "top" else ops.placed(alone, None, None, beside)
     calls = [
-        ops.sparse_linear(*s, weight, lora_up=up, bias=bias, activation="gelu", top=top) for _ in range(2)
+        ops.sparse_linear(*s, weight, lora_up=up, bias=bias, activation="gelu", **{side: beside})
+        for _ in range(2)
     ]
     assert torch.equal(*calls)  # the second call is one that came before
-    assert torch.equal(calls[0].view(samples, -1, 320)[:, :above], top)
+    by_sample = calls[0].view(samples, -1, 320)
+    assert torch.equal(by_sample[:, :others] if side == "top" else by_sample[:, rows:], beside)
     close(calls[0], want)  # a sample alone may have another tile, which sums in another order
 
 
@@ -54,7 +58,7 @@ def test_beside_other_columns(m, n, rank, width):
     left = normal(9, 1, m, width)
     gate, residual = normal(11, 1, n), normal(12, m, n)
     for tail in ({}, {"activation": "gelu_tanh"}, {"gate": gate, "residual": residual}):
-        want = ops.placed(ops.sparse_linear(*s, weight, lora_up=up, bias=bias, **tail), left, None)
+        want = ops.placed(ops.sparse_linear(*s, weight, lora_up=up, bias=bias, **tail), left, None, None)
         for _ in range(2):
             got = ops.sparse_linear(*s, weight, lora_up=up, bias=bias, **tail, left=left)
             assert torch.equal(got, want)

@@ -1,3 +1,4 @@
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 import pytest
@@ -5,16 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lynx_compile import attach, passes
+from lynx_compile import attach, compile_blocks, passes
+from lynx_compile.calibration import emulate
+from lynx_compile.calibration.text_rows import text_rows_of
+from lynx_compile.profile import Branch
 from lynx_compile.runtime import semantics
+from tests import zoo
 
 from .graphs import function, ops_of, traced
 
 X = torch.randn(2, 7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_leading_tokens_are_dense_and_the_rest_shares_a_sparsify(tokens):
+@pytest.mark.parametrize("tokens", [1, 3, -1, -3])
+def test_tokens_of_one_end_are_dense_and_the_rest_shares_a_sparsify(tokens):
     q, k = (
         attach(nn.Linear(64, n).double().requires_grad_(False), decision="sparse", dense_tokens=tokens)
         for n in (64, 128)
@@ -31,11 +36,35 @@ def test_leading_tokens_are_dense_and_the_rest_shares_a_sparsify(tokens):
         2,
         2,
     )
-    s = semantics.sparsify(X[:, tokens:].reshape(-1, 64))
+    end, others = (slice(0, tokens), slice(tokens, 7)) if tokens > 0 else (slice(tokens, 7), slice(0, tokens))
+    s = semantics.sparsify(X[:, others].reshape(-1, 64))
     for layer, y in zip((q, k), gm(X), strict=True):
         rest = semantics.sparse_linear(s.pruned, s.scale, s.t, layer.weight, bias=layer.bias)
-        torch.testing.assert_close(y[:, :tokens], layer(X)[:, :tokens])
-        torch.testing.assert_close(y[:, tokens:].reshape(rest.shape), rest)
+        torch.testing.assert_close(y[:, end], layer(X)[:, end])
+        torch.testing.assert_close(y[:, others].reshape(rest.shape), rest)
+
+
+def test_the_last_tokens_of_a_model_stay_dense():
+    model, inputs = zoo.build("ZImageTransformer2DModel")
+    glob, tokens = text_rows_of(model, (), inputs)
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    names = [name for name in linears if fnmatchcase(name, glob) and "adaLN" not in name]
+    branches = {name: Branch(dense_tokens=tokens) for name in names}
+    with torch.no_grad():
+        dense = model(**inputs)[0][0]
+        with emulate(model, {name: Branch() for name in names}):
+            everything = model(**inputs)[0][0]
+        with emulate(model, branches):
+            want = model(**inputs)[0][0]
+        for name, linear in linears.items():
+            chosen = (
+                {"decision": "sparse", "dense_tokens": tokens} if name in names else {"decision": "dense"}
+            )
+            attach(linear, **chosen)
+        compile_blocks(model, emulate=True, rest="eager", min_tokens=0)
+        got = model(**inputs)[0][0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert len({round((y - dense).norm().item(), 4) for y in (got, everything, dense)}) == 3
 
 
 def test_an_input_without_a_token_dimension_is_left_whole():
@@ -65,10 +94,11 @@ def test_the_sparse_rows_keep_their_data():
         (lambda m, x, c: torch.cat([x, F.gelu(x * 2)], 2), "cat_gelu"),
     ],
 )
-def test_what_makes_the_input_folds_all_the_same(producer, name):
+@pytest.mark.parametrize("tokens", [3, -3])
+def test_what_makes_the_input_folds_all_the_same(producer, name, tokens):
     width = 128 if name.startswith("cat") else 64
     q, k = (
-        attach(nn.Linear(width, n).double().requires_grad_(False), decision="sparse", dense_tokens=3)
+        attach(nn.Linear(width, n).double().requires_grad_(False), decision="sparse", dense_tokens=tokens)
         for n in (64, 128)
     )
 
@@ -78,7 +108,8 @@ def test_what_makes_the_input_folds_all_the_same(producer, name):
 
     c = torch.randn(2, 64, dtype=torch.float64)
     gm = traced(function(forward, q=q, k=k), X, c)
-    want = gm(X, c)[:, :3]
+    end, others = (slice(0, 3), slice(3, 7)) if tokens > 0 else (slice(4, 7), slice(0, 4))
+    want = gm(X, c)[:, end]
     linears = passes.split_rows(gm.graph, passes.find_linears(gm.graph))
     passes.sparsify_linears(gm.graph, linears)
     gm.graph.lint()
@@ -91,12 +122,14 @@ def test_what_makes_the_input_folds_all_the_same(producer, name):
     counts = ops_of(gm)
     assert (counts[f"sparsify:{name}"], counts["linear"], counts["sparse_linear"]) == (1, 2, 2)
     assert [
-        node.kwargs.get("top") is not None for node in gm.graph.nodes if "sparse_linear" in str(node.target)
-    ] == [True] * 2
+        (node.kwargs.get("top") is not None, node.kwargs.get("bottom") is not None)
+        for node in gm.graph.nodes
+        if "sparse_linear" in str(node.target)
+    ] == [(tokens > 0, tokens < 0)] * 2
     torch.testing.assert_close(gm(X, c), before)
-    torch.testing.assert_close(before[:, :3], want)
+    torch.testing.assert_close(before[:, end], want)
     dense = torch.cat([layer(producer(None, X, c)) for layer in (q, k)], 2)
-    assert 0.01 < (before - dense)[:, 3:].norm() / dense[:, 3:].norm() < 0.5
+    assert 0.01 < (before - dense)[:, others].norm() / dense[:, others].norm() < 0.5
 
 
 def test_an_input_that_is_read_elsewhere_too_is_made_once():
