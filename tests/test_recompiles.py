@@ -1,4 +1,4 @@
-"""Many adapters on blocks that are compiled already: never dense in silence, the user's limits as they were."""
+"""Many adapters on blocks compiled before: never dense in silence, and the user's limits stay as they were."""
 
 import logging
 
