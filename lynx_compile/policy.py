@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice, takewhile
 
 import torch
 from torch import fx
@@ -97,10 +98,12 @@ def decide(linears: Sequence[Linear], options: Options) -> list[Decision]:
     readers: dict[fx.Node, int] = {}
     for linear in linears:
         readers[linear.x] = readers.get(linear.x, 0) + 1
+    whole_model = any(REPEATED.search(linear.name) for linear in linears)
     around = _Surroundings(
         tokens_first=any(_rank(linear.x) > 2 for linear in linears),
-        whole_model=any(REPEATED.search(linear.name) for linear in linears),
+        whole_model=whole_model,
         most_rows=max((hint(linear.m) for linear in linears), default=0),
+        wrapper=_wrapper([linear.name for linear in linears if not linear.obstacle]) if whole_model else "",
     )
     return [_decide(linear, options, readers[linear.x], around) for linear in linears]
 
@@ -111,11 +114,22 @@ class _Surroundings:
 
     tokens_first: some see (batch, tokens, channels), so two dimensions mean a condition.  whole_model: some
     are in repeated blocks, so a name without a block is at the model's ends.  most_rows: the largest M.
+    wrapper: what stands before the model's own names, where it is a part of another module.
     """
 
     tokens_first: bool = True
     whole_model: bool = True
     most_rows: int = 0
+    wrapper: str = ""
+
+
+def _wrapper(names: Sequence[str]) -> str:
+    """The start that all names share in front of the blocks: "base_model.model." of a model inside PEFT's."""
+    split = [name.split(".") for name in names]
+    numbers = [i for parts in split for i, part in enumerate(parts) if part.isdigit()]
+    kept = min(numbers, default=1) - 1  # the part before a number is the list of blocks
+    shared = takewhile(lambda same: len(set(same)) == 1, zip(*split, strict=False))
+    return "".join(f"{same[0]}." for same in islice(shared, max(kept, 0)))
 
 
 def _decide(linear: Linear, options: Options, readers: int, around: _Surroundings) -> Decision:
@@ -161,11 +175,12 @@ def first_match(name: str, globs: Sequence[str]) -> str | None:
 
 def safe_default(linear: Linear, around: _Surroundings) -> str | None:
     """Which sensitive class a layer belongs to, None for the others: by its name, then by the graph."""
-    name = linear.name
-    if _FINAL.match(name) and (around.whole_model or not _added_to(linear.node)):
+    name, inner = linear.name, linear.name.removeprefix(around.wrapper)
+    if _FINAL.match(inner) and (around.whole_model or not _added_to(linear.node)):
         return "final projection"
     for reason, pattern in _NAMED_DEFAULTS:
-        if pattern.search(name) and not (reason == _ATTENTION_OUTPUT and _reads_concatenation(linear.x)):
+        named = pattern.search(name) or pattern.search(inner)
+        if named and not (reason == _ATTENTION_OUTPUT and _reads_concatenation(linear.x)):
             return reason
     if _CROSS_ATTENTION_TEXT.search(name):
         return "text tokens of a cross-attention"

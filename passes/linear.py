@@ -89,7 +89,22 @@ def find_linears(graph: fx.Graph) -> list[Linear]:
             linear.obstacle = "a DoRA adapter rescales this layer by the norms of its weight"
         elif _LORA_FACTOR.search(linear.name):
             linear.obstacle = "factor of a LoRA adapter: joined with its layer where that is sparse"
-    return linears
+        elif linear.obstacle is None and _is_computed_from_data(linear.weight):
+            linear.obstacle = "the weight is computed from the inputs: a product of two activations"
+    return [*linears, *_within_operators(graph)]
+
+
+def _within_operators(graph: fx.Graph) -> list[Linear]:
+    """The layers of graphs that operators such as checkpoint, cond and invoke_subgraph call: all dense."""
+    found: list[Linear] = []
+    for node in graph.nodes:
+        body = getattr(graph.owning_module, node.target, None) if node.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            callers = [getattr(user.target, "__name__", user.name) for user in node.users]
+            for linear in find_linears(body.graph):
+                linear.obstacle = f"inside {', '.join(callers)}, whose graph is left as it is"
+                found.append(linear)
+    return found
 
 
 def match_linear(node: fx.Node) -> Linear | None:
@@ -306,6 +321,31 @@ def layer_name(node: fx.Node, weight: Any) -> str:
     return (normalize_name(list(stack.values())[-1][0]) if stack else "") or node.name
 
 
+_DATA = re.compile(r"L(\[[^\]]*\])+")  # Dynamo's name of what a function was called with, or of a part of it
+
+
+def _is_computed_from_data(weight: fx.Node) -> bool:
+    """Whether a weight is made from what the model is called with, as K in Q · Kᵀ is."""
+    if weight.op in ("placeholder", "get_attr"):
+        return False
+    left, seen = [weight], {weight}
+    stored = any(node.op == "get_attr" and tensor(node) is not None for node in weight.graph.nodes)
+    while left:
+        node = left.pop()
+        if node.op == "placeholder" and isinstance(value(node), Tensor) and not _is_parameter(node):
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            if stored if source is None else _DATA.fullmatch(_spelled(source)):
+                return True
+        new = [source for source in node.all_input_nodes if source not in seen]
+        left += new
+        seen.update(new)
+    return False
+
+
+def _spelled(source: Any) -> str:
+    return str(source.name() if callable(source.name) else source.name)
+
+
 def _is_parameter(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "placeholder":
         return isinstance(node, fx.Node) and node.op == "get_attr"
@@ -320,12 +360,13 @@ def _parameter_name(weight: Any) -> str | None:
     source = getattr(weight.meta.get("grapharg"), "source", None)
     if source is None:
         return None
-    name = source.name() if callable(source.name) else source.name
+    name = _spelled(source)
     return name if "_parameters" in name or "_buffers" in name else None
 
 
 def normalize_name(path: str) -> str:
     """One spelling for L['self']._modules['blocks']._modules['0'] and _orig_mod.blocks.0.base_layer."""
+    path = re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", path)
     path = re.sub(r"^[LG]\['[^']*'\]", "", path)
     path = re.sub(r"\.?__dict__\['_modules'\]|\._modules\b|\._parameters\b|\._buffers\b", "", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
