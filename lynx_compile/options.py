@@ -55,7 +55,7 @@ class Options:
         known = {f.name for f in fields(cls)}
         for name in given:
             if name not in known:
-                raise TypeError(f"rt_lynx has no option {name!r}; {_suggest(str(name), known)}")
+                raise TypeError(f"rt_lynx has no option {name!r}; {_remedy(str(name), known)}")
         for name in ("skip", "only"):
             if name in given:
                 given[name] = _globs(name, given[name])
@@ -87,6 +87,17 @@ class Options:
     def config_patches(self) -> dict[str, Any]:
         """`mode` expanded as Inductor does, then `inductor` on top."""
         return {**(_modes()[self.mode] if self.mode else {}), **self.inductor}
+
+
+def _remedy(name: str, known: set[str]) -> str:
+    """Where an option that is somebody else's belongs, else the nearest of ours."""
+    if name in ("fullgraph", "dynamic", "backend", "disable"):
+        return f"{name}=… is an argument of torch.compile itself"
+    if name == "options":
+        return "give what is in it one by one"
+    if name.replace("-", "_") in _inductor_options():
+        return f"it is Inductor's: give inductor={{{name!r}: …}}"
+    return _suggest(name, known)
 
 
 def _suggest(name: str, known: Sequence[str] | set[str]) -> str:
@@ -124,10 +135,14 @@ def _modes() -> dict[str, dict[str, Any]]:
     return {"default": {}, **list_mode_options()}
 
 
-def _check_inductor(patches: Mapping[str, Any]) -> None:
+def _inductor_options() -> set[str]:
     from torch._inductor import list_options
 
-    known = set(list_options())
+    return set(list_options())
+
+
+def _check_inductor(patches: Mapping[str, Any]) -> None:
+    known = _inductor_options()
     for name in patches:
         if str(name).replace("-", "_") not in known:
             raise TypeError(f"Inductor has no option {name!r}; {_suggest(str(name), known)}")
