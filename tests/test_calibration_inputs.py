@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,37 @@ def test_damaged_state_is_gathered_anew(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:100])
     assert same(quick(make_workload(), state=tmp_path), wanted)
+
+
+def test_two_calibrations_in_one_folder_but_not_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\n"
+        "from tests.test_calibration import make_workload\n"
+        "from lynx_compile.calibration import Inputs, calibrate\n"
+        "workload = make_workload()\n"
+        "def run(batch):\n"
+        "    print('running', flush=True)\n"
+        "    time.sleep(600)\n"
+        "workload.run = run\n"
+        "calibrate(workload, rank=8, quiet=True, state=sys.argv[1])\n"
+    )
+    state = tmp_path / "state"
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(state)]
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "running\n"
+            with pytest.raises(
+                BlockingIOError, match=r"state holds the state of another calibration.*give each"
+            ):
+                quick(make_workload(), state=state)
+            assert not list(state.glob("*.safetensors"))
+        finally:
+            other.kill()
+    assert same(quick(make_workload(), state=state), quick(make_workload()))
 
 
 def test_a_model_with_nothing_to_run_sparse_is_refused() -> None:

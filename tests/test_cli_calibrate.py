@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner, Result
 
 from lynx_compile.cli import calibrate as command
@@ -142,10 +143,14 @@ def test_state_makes_a_second_run_short(prompts: Path) -> None:
     json_of = {
         name: (prompts.parent / "profile" / name).read_bytes() for name in ("adapter_model.safetensors",)
     }
-    kept = sorted(path.name for path in state.iterdir())
+    kept = sorted(path.name for path in state.glob("*.safetensors"))
     assert kept == ["inputs.safetensors", "part-1.safetensors"]
     again = calibrate(prompts, "--state", str(state))
     assert again.exit_code == 0
     for name, content in json_of.items():
         assert (prompts.parent / "profile" / name).read_bytes() == content
     assert json.loads((prompts.parent / "profile" / "lynx.json").read_text())["schema"] >= 1
+    with FileLock(state / ".lock"):
+        refused = calibrate(prompts, "--state", str(state))
+    assert refused.exit_code == 2
+    assert "another calibration that still runs; wait" in re.sub(r"[\s│]+", " ", refused.output)

@@ -1,4 +1,4 @@
-"""Many adapters on blocks compiled before: never dense in silence, and the user's limits stay as they were."""
+"""Many adapters on blocks compiled before: never dense in silence, and the user's limits stay."""
 
 import logging
 

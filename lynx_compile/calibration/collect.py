@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -88,8 +89,13 @@ class Collector:
     def run(self, solve: Solve) -> tuple[Found, dict[str, Tensor]]:
         """Calls `solve` once for each distinct input, and returns what pass 0 found and all it kept.
 
-        Raises ValueError when no layer of the model can run sparse.
+        Raises ValueError when no layer of the model can run sparse, BlockingIOError while another calibration
+        keeps its state in the folder.
         """
+        with self._alone():
+            return self._run(solve)
+
+    def _run(self, solve: Solve) -> tuple[Found, dict[str, Tensor]]:
         found = self._find()
         if not found.groups:
             name = self.fingerprint.model
@@ -252,6 +258,25 @@ class Collector:
             for batch in batches[done:]:
                 yield batch
                 progress.advance(task)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Holds the state folder; the system lets go of it when the process ends, however it ends."""
+        if self.state is None or self.rank > 0:  # the processes of one group share it
+            yield
+            return
+        lock = FileLock(self.state / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(
+                f"{self.state} holds the state of another calibration that still runs; "
+                "wait for its end, or give each a folder of its own (state=…, --state)"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def _key(self) -> str:

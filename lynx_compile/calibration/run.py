@@ -65,7 +65,8 @@ def calibrate(
     Under `torchrun` with an initialised process group the batches are shared out and every process returns
     the same profile. Deterministic: the same workload gives the same profile, bit by bit on one device.
     Raises TypeError for what is no workload, ValueError for counts below these, before anything runs, where
-    `memory` cannot hold one input, and for a model in which nothing can run sparse.
+    `memory` cannot hold one input, and for a model in which nothing can run sparse; BlockingIOError while
+    another calibration keeps its state in that folder.
     """
     start = time.monotonic()
     if not isinstance(getattr(workload, "model", None), nn.Module) or not hasattr(workload, "run"):

@@ -106,7 +106,7 @@ def calibrate_(
             state=state,
             provenance={"model": model, "prompts": count, "rank": rank, "held_out_prompts": held_out},
         )
-    except ValueError as error:
+    except (ValueError, BlockingIOError) as error:
         raise typer.BadParameter(str(error)) from error
     profile.dense_last_steps = last
     points: list[Choice] = []
