@@ -150,7 +150,14 @@ def test_text_rows_of_joint_sequences_are_counted_dense(monkeypatch):
     assert [m - text * (m == tokens) for m in rows[:half]] == rows[half:]
 
 
-def test_models_without_text_in_front_are_named():
+def test_text_behind_the_image_stays_dense():
+    model, inputs = zoo.build("ZImageTransformer2DModel")
+    backends.attach_random_branches(model, 16, inputs, text_dense=True)
+    assert model.layers[0].attention.to_q.lynx_dense_tokens == -inputs["cap_feats"][0].shape[0]
+    assert model.context_refiner[0].attention.to_q.lynx_dense_tokens == 0
+
+
+def test_models_without_joint_text_are_named():
     model, inputs = zoo.build("QwenImageTransformer2DModel")
     with pytest.raises(RuntimeError, match="QwenImageTransformer2DModel is known to read text and image"):
         backends.attach_random_branches(model, 16, inputs, text_dense=True)

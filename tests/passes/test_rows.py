@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lynx_compile import attach, compile_blocks, passes
@@ -42,6 +44,26 @@ def test_tokens_of_one_end_are_dense_and_the_rest_shares_a_sparsify(tokens):
         rest = semantics.sparse_linear(s.pruned, s.scale, s.t, layer.weight, bias=layer.bias)
         torch.testing.assert_close(y[:, end], layer(X)[:, end])
         torch.testing.assert_close(y[:, others].reshape(rest.shape), rest)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(-9, 9).filter(bool), st.integers(1, 3), st.integers(1, 8), st.booleans())
+def test_any_number_of_tokens_at_either_end(tokens, samples, length, produced):
+    """Also more than a sample has, which leaves nothing to be sparse."""
+    layer = attach(nn.Linear(64, 32).double().requires_grad_(False), decision="sparse", dense_tokens=tokens)
+    x = torch.randn(samples, length, 64, dtype=torch.float64)
+    gm = traced(function(lambda m, x: m.q(F.gelu(x) if produced else x), q=layer), x)
+    passes.sparsify_linears(gm.graph, passes.split_rows(gm.graph, passes.find_linears(gm.graph)))
+    for fuse in passes.FUSIONS:
+        fuse(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    made = F.gelu(x) if produced else x
+    text, others = semantics.split_tokens(made, tokens)
+    s = semantics.sparsify(others.reshape(-1, 64))
+    rest = semantics.sparse_linear(s.pruned, s.scale, s.t, layer.weight, bias=layer.bias)
+    want = semantics.join_tokens(F.linear(text, layer.weight, layer.bias), rest.view(samples, -1, 32), tokens)
+    torch.testing.assert_close(gm(x), want)
 
 
 def test_the_last_tokens_of_a_model_stay_dense():
