@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .layers import LynxLinear, attach
 from .options import Options
 from .passes.linear import normalize_name
 from .policy import first_match
-from .profile.apply import transformer_of
+from .profile.components import models_of
 from .recompiles import SharedCode
 
 log = logging.getLogger(__name__)
@@ -38,31 +39,36 @@ def compile_blocks(
 ) -> int:
     """Compile each repeated block of a model in place with the rt_lynx backend.
 
-    model: a module, or a pipeline for its transformer. blocks: class names of the blocks, or one; by default
-    the model's `_repeated_blocks`. fullgraph, dynamic: as in `torch.compile`. options: those of the backend;
+    model: a module, or a pipeline for its transformers. blocks: class names of the blocks, or one; by default
+    each model's `_repeated_blocks`. fullgraph, dynamic: as in `torch.compile`. options: those of the backend;
     `skip` and `only` speak of full names here. Returns the number of distinct patterns, each of which is
     compiled once, on its first call.
     Raises TypeError for what is neither, ValueError when the model has no such blocks.
     """
     settings = Options.parse(options)
-    model = transformer_of(model)
-    blocks = [blocks] if isinstance(blocks, str) else blocks
-    names = tuple(blocks or getattr(model, "_repeated_blocks", None) or ())
-    found = {name: module for name, module in model.named_modules() if type(module).__name__ in names}
-    if not found:
-        wanted = f"no block of class {', '.join(names)}" if names else "no `_repeated_blocks`"
-        raise ValueError(f"{type(model).__name__} has {wanted}; name the classes with blocks=[...]")
-    _decide_by_name(model, settings.skip, settings.only)
+    models = models_of(model)
+    found = [_blocks_of(one, [blocks] if isinstance(blocks, str) else blocks) for one in models]
+    for one in models:
+        _decide_by_name(one, settings.skip, settings.only)
+        if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
+            _mark_steps(one)
     rest = {name: value for name, value in options.items() if name not in ("skip", "only")}
     compiled: dict[Hashable, SharedCode] = {}
-    for block in found.values():
+    for block in chain.from_iterable(found):
         key = pattern(block)
         if key not in compiled:
             compiled[key] = SharedCode(rest, fullgraph, dynamic)
         block._compiled_call_impl = functools.partial(compiled[key], block)
-    if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
-        _mark_steps(model)
     return len(compiled)
+
+
+def _blocks_of(model: nn.Module, classes: Sequence[str] | None) -> list[nn.Module]:
+    names: tuple[str, ...] = tuple(classes or getattr(model, "_repeated_blocks", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        wanted = f"no block of class {', '.join(names)}" if names else "no `_repeated_blocks`"
+        raise ValueError(f"{type(model).__name__} has {wanted}; name the classes with blocks=[...]")
+    return found
 
 
 def _mark_steps(model: nn.Module) -> None:

@@ -142,7 +142,9 @@ def calibrate(
         for name, error in collector.errors({n: layer.branch for n, layer in layers.items()}).items():
             layers[name].error_after = error
     others = {name: tokens for name, tokens in found.tokens.items() if name not in layers}
+    component = getattr(workload, "component", None)
     made = {
+        **({} if component is None else {"component": component}),
         "tokens": max((group[leader].rows for leader, group in fitted.items()), default=0),
         "calibration_s": round(time.monotonic() - start, 3),
         "torch": torch.__version__,

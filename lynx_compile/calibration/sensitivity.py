@@ -177,7 +177,15 @@ class Sensitivity:
         return (torch.cat(parts) / max(energy, 1e-30) ** 0.5).bfloat16()
 
     def calls_between(self, first: int, end: int, steps: int) -> Callable[[int], bool]:
-        """Whether a call belongs to steps first … end − 1 of `steps`; each step makes as many calls."""
+        """Whether a call belongs to steps first … end − 1 of `steps`; each step makes as many calls.
+
+        Raises ValueError for one of several transformers, which need not be called in every step.
+        """
+        if component := getattr(self.workload, "component", None):
+            raise ValueError(
+                f"{component!r} is one of several transformers of its pipeline and may be called in some of "
+                "the steps only, so nothing can be chosen by steps; calibrate it without an aim"
+            )
         self.samples()
         return lambda call: first <= call * steps // self.calls_per_run < end
 

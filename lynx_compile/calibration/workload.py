@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..profile.components import transformer_of, transformers_of
+
 
 class Workload(Protocol):
     """`run(i)` sends batch i through `model`, first denoising step to last, and returns the result.
@@ -64,8 +66,9 @@ class Inputs:
 class Pipeline:
     """A diffusers pipeline and the prompts it runs; one seed a prompt, so batches may be cut anywhere.
 
-    call: further keyword arguments of the pipeline, such as guidance_scale, height or width.
-    Raises ValueError when the pipeline has no `transformer`, or without prompts.
+    call: further keyword arguments of the pipeline, such as guidance_scale, height or width.  component: of
+    a pipeline with several transformers, as Wan 2.2's, the one to calibrate; all of them run.
+    Raises ValueError when the pipeline has no transformer, or several and none is named, or without prompts.
     """
 
     def __init__(
@@ -78,15 +81,18 @@ class Pipeline:
         seed: int = 0,
         call: Mapping[str, Any] | None = None,
         to_sample: Callable[[Any], Tensor] | None = None,
+        component: str | None = None,
     ) -> None:
-        model = getattr(pipe, "transformer", None)
-        if not isinstance(model, nn.Module):
+        named = transformers_of(pipe)
+        if not named:
             raise ValueError(
                 f"{type(pipe).__name__} has no transformer; pass the module and its inputs instead"
             )
         if not prompts:
             raise ValueError("calibration needs at least one prompt")
-        self.model = model
+        transformer_of(pipe, component)  # refuses a component that is not there or has to be named
+        self.model: nn.Module = getattr(pipe, component or next(iter(named)))
+        self.component = component if len(named) > 1 else None
         self.pipe = pipe
         self.prompts = list(prompts)
         self.steps, self.batch_size, self.seed = steps, batch_size, seed

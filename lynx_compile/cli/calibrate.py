@@ -56,6 +56,10 @@ def calibrate_(
         list[str] | None,
         typer.Option(help="GLOB=N: these layers' first N rows are text; GLOB=-N: their last N."),
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="Which transformer of a pipeline with several, as transformer_2 of Wan 2.2."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
 ) -> None:
     """Fit branches and shifts; with --max-error or --speed also measure and choose what stays dense."""
@@ -90,10 +94,11 @@ def calibrate_(
                 make_folder(folder, option)
         rank_, world, where = _join_group(str(device_of(device)))
         pipe = _load(model, where)
-    except (ValueError, OSError, RuntimeError) as error:
+        _check_component(pipe, component, chooses)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
-    workload = _workload(pipe, texts[:count], steps, batch_size, 0, call)
+    workload = _workload(pipe, texts[:count], steps, batch_size, 0, call, component)
     try:
         profile = calibrate(
             workload,
@@ -113,7 +118,7 @@ def calibrate_(
     if rank_ == 0 and chooses:
         points = _choose(
             profile,
-            _workload(pipe, texts[count:], steps, batch_size, count, call),
+            _workload(pipe, texts[count:], steps, batch_size, count, call, component),
             max_error,
             speed,
             costs,
@@ -138,6 +143,8 @@ def calibrate_(
 def _load(model: str, device: str) -> Any:
     import torch
 
+    from ..profile.components import models_of
+
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     if model == "emoji":
         from ..evaluation.emoji import load_emoji_pipeline
@@ -155,8 +162,21 @@ def _load(model: str, device: str) -> Any:
             ) from error
         pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    pipe.transformer.eval().requires_grad_(False)
+    for transformer in models_of(pipe):
+        transformer.eval().requires_grad_(False)
     return pipe
+
+
+def _check_component(pipe: Any, component: str | None, chooses: bool) -> None:
+    """Refuses a component that is not there or has to be named, and an aim where there are several."""
+    from ..profile.components import transformer_of, transformers_of
+
+    transformer_of(pipe, component)
+    if chooses and len(transformers_of(pipe)) > 1:
+        raise ValueError(
+            f"--max-error and --speed count steps that one transformer makes, and {type(pipe).__name__} "
+            f"has {' and '.join(transformers_of(pipe))}; leave them out, safe defaults decide then"
+        )
 
 
 def _prompts(model: str, file: Path | None, wanted: int) -> list[str]:
@@ -177,11 +197,19 @@ def _prompts(model: str, file: Path | None, wanted: int) -> list[str]:
 
 
 def _workload(
-    pipe: Any, texts: list[str], steps: int, batch_size: int, start: int, call: dict[str, Any]
+    pipe: Any,
+    texts: list[str],
+    steps: int,
+    batch_size: int,
+    start: int,
+    call: dict[str, Any],
+    component: str | None,
 ) -> Pipeline:
     from ..calibration import Pipeline
 
-    return Pipeline(pipe, texts, steps=steps, batch_size=batch_size, seed=start, call=call)
+    return Pipeline(
+        pipe, texts, steps=steps, batch_size=batch_size, seed=start, call=call, component=component
+    )
 
 
 def _join_group(device: str) -> tuple[int, int, str]:

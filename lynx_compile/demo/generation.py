@@ -17,6 +17,7 @@ from ..evaluation.emoji import to_pictures
 from ..evaluation.metrics import Distance, distance
 from ..profile import Profile, apply_profile, remove_profile
 from ..profile.apply import check_fits
+from ..profile.components import transformer_of
 from ..profile.steps import dense_ends
 from ..report import Report
 from ..runtime import kernels
@@ -140,7 +141,7 @@ def run(
         raise ValueError("the first variant is what the others are compared with, so it has to be dense")
     if profile is None and any(variant.calibrated for variant in variants):
         raise ValueError("a calibrated variant needs a profile")
-    model = pipe.transformer
+    model = transformer_of(pipe)
     if profile is not None:
         check_fits(model, profile)  # before the work, not after it
     for variant in variants:

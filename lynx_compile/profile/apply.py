@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .branch import Branch
+from .components import models_of, transformer_of
 from .errors import ProfileError
 from .fingerprint import fingerprint, linear_layers
 from .format import Profile
@@ -19,20 +20,28 @@ from .steps import StepSwitch, StepTracker
 _STATE = "_lynx_profile"
 
 
-def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: bool = True) -> Profile:
+def apply_profile(
+    target: Any,
+    profile: Profile | str | Path,
+    *,
+    component: str | None = None,
+    check_weights: bool = True,
+) -> Profile:
     """Attach a profile to a transformer or a pipeline's; `torch.compile(…, backend="rt_lynx")` picks it up.
 
     profile: as loaded, a folder, or a hub id ("user/name"). Layers the profile keeps dense are marked so;
     where nothing was chosen the backend's safe defaults decide. With dense first or last steps a hook on the
     transformer follows the schedule (give the pipeline rather than its transformer: then the hook reads the
-    scheduler and needs no device synchronisation). A profile applied before is removed. check_weights=False
+    scheduler and needs no device synchronisation). A profile applied before is removed. component: which
+    transformer of a pipeline with several, by default the one that the profile says. check_weights=False
     accepts a finetune of the calibrated model: same layers, other weights.
 
-    Raises TypeError for what is no profile, ProfileError when it was made for another model or does not load.
+    Raises TypeError for what is no profile, ValueError where the component is not there or has to be named,
+    ProfileError when the profile was made for another model or does not load.
     """
     from ..layers import attach
 
-    model = transformer_of(target)
+    models_of(target)  # refuses what is neither module nor pipeline
     if not isinstance(profile, (Profile, str, Path)):
         raise TypeError(
             f"a profile is a Profile, a folder or a hub id, not {profile!r}; "
@@ -40,6 +49,7 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
         )
     if not isinstance(profile, Profile):
         profile = load_profile(_folder(profile))
+    model = transformer_of(target, _component(target, profile, component))
     check_fits(model, profile, check_weights=check_weights)
     remove_profile(model)
     linears = linear_layers(model)
@@ -71,30 +81,44 @@ def apply_profile(target: Any, profile: Profile | str | Path, *, check_weights: 
 
 
 def remove_profile(target: Any) -> None:
-    """Undo `apply_profile`; a model without a profile is left as it is."""
+    """Undo `apply_profile` on a model or all of a pipeline's; one without a profile is left as it is."""
     from ..layers import detach
 
-    model = transformer_of(target)
-    names, handle = model.__dict__.pop(_STATE, ((), None))
-    if handle is not None:
-        handle.remove()
-    linears = linear_layers(model)
-    for name in names:
-        detach(linears[name])
+    for model in models_of(target):
+        names, handle = model.__dict__.pop(_STATE, ((), None))
+        if handle is not None:
+            handle.remove()
+        linears = linear_layers(model)
+        for name in names:
+            detach(linears[name])
+
+
+def _component(target: Any, profile: Profile, given: str | None) -> str | None:
+    """Which transformer a profile is for: of a pipeline with several, calibration wrote it down."""
+    made_for = profile.provenance.get("component")
+    if made_for is None:
+        return given
+    if isinstance(target, nn.Module):
+        if profile.dense_steps or profile.dense_last_steps:
+            raise ValueError(
+                f"the profile's dense steps count those of a whole run, of which {made_for!r} makes a part: "
+                f"apply it to the pipeline, or set dense_steps and dense_last_steps to 0"
+            )
+        return given
+    if given not in (None, made_for):
+        raise ProfileError(
+            JSON,
+            "provenance.component",
+            f"is {made_for!r}, not {given!r}",
+            f"apply it with component={made_for!r}, or calibrate {given!r}",
+        )
+    return str(made_for)
 
 
 def _up(branch: Branch, module: nn.Linear) -> Tensor | None:
     """B as the layer runs it: under deflation with W·Aᵀ, of A as it is rounded there."""
     weight = module.weight.detach()
     return None if branch.down is None else branch.to(weight.device, weight.dtype).carrying(weight)
-
-
-def transformer_of(target: Any) -> nn.Module:
-    """A pipeline's transformer, or the module itself, without the wrapper `torch.compile` puts around it."""
-    model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a {type(target).__name__} is neither a module nor a pipeline with a transformer")
-    return getattr(model, "_orig_mod", model)
 
 
 def check_fits(model: nn.Module, profile: Profile, *, check_weights: bool = True) -> None:

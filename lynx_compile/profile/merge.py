@@ -72,6 +72,9 @@ def merge(first: Profile, second: Profile) -> Profile:
     weight = tokens[0] / sum(tokens)
     scaled = dense_ends(second.dense_steps, second.dense_last_steps, second.steps, first.steps)
     ends = [*map(max, (first.dense_steps, first.dense_last_steps), scaled)]
+    made = {"merged": [first.provenance, second.provenance], "tokens": sum(tokens)}
+    if component := first.provenance.get("component"):  # one model, so one transformer of its pipeline
+        made["component"] = component
     return Profile(
         first.model,
         {
@@ -82,7 +85,7 @@ def merge(first: Profile, second: Profile) -> Profile:
         dense_steps=ends[0],
         dense_last_steps=ends[1],
         steps=first.steps,
-        provenance={"merged": [first.provenance, second.provenance], "tokens": sum(tokens)},
+        provenance=made,
     )
 
 
