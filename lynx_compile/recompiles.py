@@ -98,7 +98,24 @@ def _warn_of_many() -> None:
 
 
 def _call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return block._call_impl(*args, **kwargs)
+    returned = block._call_impl(*args, **kwargs)
+    if type(returned) is tuple:
+        return tuple([_as_one_sample(item) for item in returned])
+    return _as_one_sample(returned)
+
+
+def _as_one_sample(returned: Any) -> Any:
+    """What a block returns; for a single sample with the strides of a tensor that is no part of another.
+
+    Image rows cut out of a joint sequence keep its stride from sample to sample. That says nothing of a
+    single one, but Dynamo guards on it: the blocks that read such rows would take a graph of their own beside
+    that of the first block, which reads a tensor of its own.
+    """
+    if not isinstance(returned, torch.Tensor) or returned.dim() < 2 or returned.shape[0] != 1:
+        return returned
+    if not returned.is_contiguous() or returned.stride(0) == returned.shape[1] * returned.stride(1):
+        return returned
+    return returned[0][None]  # a view; view() and reshape() would keep the stride in Inductor
 
 
 def _compilation() -> int:

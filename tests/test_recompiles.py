@@ -177,3 +177,32 @@ def test_calls_within_calls_restore_the_limit_last():
     assert config.recompile_limit == recompiles.GRAPHS
     second.__exit__(None, None, None)
     assert config.recompile_limit == 3
+
+
+class Joint(Block):
+    """Reads text and image as one sequence and returns the image's rows of it."""
+
+    def forward(self, x):
+        joint = torch.cat([x[:, :2], x], 1)
+        return (self.to_q(joint) + joint)[:, 2:]
+
+
+class JointModel(Model):
+    _repeated_blocks = ("Joint",)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(3))
+
+
+@pytest.mark.parametrize(("samples", "graphs"), [(1, 1), (2, 2)])
+def test_rows_cut_out_of_a_joint_sequence_take_no_graph_more_for_one_sample(samples, graphs):
+    model = JointModel().double().requires_grad_(False)
+    whole = torch.compile(JointModel.forward, backend="rt_lynx", options=OPTIONS)
+    with torch.no_grad():
+        want = whole(model, X[:samples])
+        lynx_compile.clear_report()
+        lynx_compile.compile_blocks(model, fullgraph=True, **OPTIONS)
+        got = model(X[:samples])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert len(lynx_compile.report().graphs) == graphs
