@@ -70,6 +70,10 @@ class LynxLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x · Wᵀ + b, exactly; the rt_lynx backend replaces it by the sparse layer."""
+        # Quantised weights know F.linear, not what is inside it. Dynamo answers this question rightly; of
+        # `is_traceable_wrapper_subclass` it says no.
+        if hasattr(type(self.weight), "__tensor_flatten__"):
+            return nn.functional.linear(input, self.weight, self.bias)
         if _offloaded_alone(self):
             _take_own_tensors(self)
         # Dynamo guards on the switch: one graph for each of its states. A plain linear would not say "dense".
@@ -216,5 +220,6 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swap the class; the bound forward that hooks (accelerate, diffusers) keep follows."""
     module.__class__ = cls
     for name, held in list(vars(module).items()):
-        if isinstance(held, types.MethodType) and held.__self__ is module and held.__name__ == "forward":
+        bound = isinstance(held, types.MethodType) and held.__self__ is module
+        if bound and getattr(held, "__name__", "") == "forward":  # torchao binds a partial, which has no name
             setattr(module, name, types.MethodType(cls.forward, module))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .layers import LynxLinear, attach
 from .options import Options
@@ -48,27 +49,35 @@ def compile_blocks(
     settings = Options.parse(options)
     models = models_of(model)
     found = [_blocks_of(one, [blocks] if isinstance(blocks, str) else blocks) for one in models]
+    others: set[nn.Module] = set()
     for one in models:
-        _decide_by_name(one, settings.skip, settings.only)
+        others |= _decide_by_name(one, settings.skip, settings.only)
         if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
             _mark_steps(one)
     rest = {name: value for name, value in options.items() if name not in ("skip", "only")}
     compiled: dict[Hashable, SharedCode] = {}
     for block in chain.from_iterable(found):
-        key = pattern(block)
+        skip = tuple(normalize_name(name) for name, module in block.named_modules() if module in others)
+        key = pattern(block), skip
         if key not in compiled:
-            compiled[key] = SharedCode(rest, fullgraph, dynamic)
+            compiled[key] = SharedCode({**rest, "skip": skip}, fullgraph, dynamic)
         block._compiled_call_impl = functools.partial(compiled[key], block)
     return len(compiled)
 
 
 def _blocks_of(model: nn.Module, classes: Sequence[str] | None) -> list[nn.Module]:
     names: tuple[str, ...] = tuple(classes or getattr(model, "_repeated_blocks", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    found = [module for module in model.modules() if _class_name(module) in names]
     if not found:
         wanted = f"no block of class {', '.join(names)}" if names else "no `_repeated_blocks`"
         raise ValueError(f"{type(model).__name__} has {wanted}; name the classes with blocks=[...]")
     return found
+
+
+def _class_name(module: nn.Module) -> str:
+    """That of the block: `fully_shard` makes Block an FSDPBlock."""
+    name = type(module).__name__
+    return name.removeprefix("FSDP") if isinstance(module, FSDPModule) else name
 
 
 def _mark_steps(model: nn.Module) -> None:
@@ -106,34 +115,40 @@ def pattern(block: nn.Module) -> Hashable:
     return type(block), layers
 
 
-def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) -> None:
+def _decide_by_name(model: nn.Module, skip: Sequence[str], only: Sequence[str]) -> set[nn.Module]:
     """Write what the globs say onto the layers, where regional compilation can see it.
 
-    What an earlier call wrote is undone first: the globs of the last call alone decide.
+    What an earlier call wrote is undone first: the globs of the last call alone decide. Returns the layers
+    that stay dense and that this cannot be written onto: of subclasses of `nn.Linear`, as GGUF's are.
     """
     for module in model.modules():
         if isinstance(module, LynxLinear) and module.lynx_before is not None:
             module.lynx_decision, module.lynx_reason = module.lynx_before
             module.lynx_before = None
+    others: set[nn.Module] = set()
     if not skip and not only:
-        return
+        return others
     linears = {
         normalize_name(path): module
         for path, module in model.named_modules()
-        if type(module) in (nn.Linear, LynxLinear)
+        if isinstance(module, nn.Linear)
     }
     for option, globs in (("skip", skip), ("only", only)):
         for idle in globs:
             if not any(first_match(name, (idle,)) for name in linears):
                 log.warning("%s=%r matches no linear layer of %s", option, idle, type(model).__name__)
     for name, module in linears.items():
-        if glob := first_match(name, skip):
+        if type(module) not in (nn.Linear, LynxLinear):
+            if first_match(name, skip) or (only and not first_match(name, only)):
+                others.add(module)
+        elif glob := first_match(name, skip):
             _decide(module, "dense", f"skip={glob!r}")
         elif only:
             glob = first_match(name, only)
             _decide(
                 module, "sparse" if glob else "dense", f"only={glob!r}" if glob else "matches no glob of only"
             )
+    return others
 
 
 def _decide(module: nn.Module, decision: str, reason: str) -> None:

@@ -1,13 +1,18 @@
 """Models as users write, wrap and change them: what a layer is, what it is called, and that it is right."""
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 import lynx_compile
@@ -29,6 +34,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    _repeated_blocks = ("Block",)
+
     def __init__(self, call=lambda block, x: block(x)):
         super().__init__()
         self.blocks, self.proj_out = nn.ModuleList([Block(), Block()]), nn.Linear(64, 64)
@@ -61,9 +68,9 @@ def decided(decision):
     return {row.name: row.reason for row in lynx_compile.report().rows if row.decision == decision}
 
 
-def by_definition(model, x=X):
+def by_definition(model, x=X, skip=()):
     """The model with its blocks' layers sparse, nothing compiled."""
-    weights = {id(layer.weight) for block in model.blocks for layer in (block.up, block.down)}
+    weights = {id(model.get_submodule(name).weight) for name in LAYERS if not name.startswith(tuple(skip))}
     with SparseLinears(weights):
         return model(x)
 
@@ -246,3 +253,86 @@ def test_changes_to_a_model_are_followed(change, when):
     with torch.no_grad():
         torch.testing.assert_close(call(X), by_definition(want))
     assert {*LAYERS} <= {*decided("sparse")}
+
+
+class OwnLinear(nn.Linear):
+    """As GGUF's layers, which make their weight in each call."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 1.0, self.bias)
+
+
+@pytest.mark.parametrize(
+    "globs", [{"skip": ["blocks.0.*"]}, {"only": ["blocks.1.*"]}, {"skip": ["blocks.0.up", "blocks.0.down"]}]
+)
+def test_globs_of_blocks_reach_layers_of_other_classes(globs, caplog):
+    model = ready(Model())
+    want = by_definition(model, skip=("blocks.0.",))
+    for block in model.blocks:
+        block.up.__class__ = OwnLinear
+    assert lynx_compile.compile_blocks(model, **globs, **OPTIONS) == 2
+    torch.testing.assert_close(model(X), want)
+    assert not [record for record in caplog.records if "matches no" in record.getMessage()]
+    lynx_compile.compile_blocks(model, **OPTIONS)
+    assert not torch.allclose(model(X), want)
+
+
+class Codes(torch.Tensor):
+    """A weight as torchao keeps it: it knows `F.linear` and nothing that `F.linear` is made of."""
+
+    @staticmethod
+    def __new__(cls, codes):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float64)
+
+    def __init__(self, codes):
+        self.codes = codes
+
+    def __tensor_flatten__(self):
+        return ["codes"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, tensors, meta, size, stride):
+        return cls(tensors["codes"])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], args[1].codes / 64, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_quantised_layers_take_decisions(attached):
+    model = ready(Model())
+    for block in model.blocks:
+        if attached == "before":
+            lynx_compile.attach(block.up, decision="dense")
+        codes = torch.randint(-8, 8, (128, 64)).double()
+        block.up.weight = nn.Parameter(Codes(codes), requires_grad=False)
+        block.up.extra_repr = types.MethodType(functools.partial(str), block.up)  # as torchao does
+    want = model(X)
+    lynx_compile.compile_blocks(model, skip=["blocks.*.up", "blocks.*.down"], fullgraph=True, **OPTIONS)
+    assert torch.equal(model(X), want)
+    reasons = {row.name: row.reason for row in lynx_compile.report().rows}
+    assert reasons["up"] == "the weight is a Codes, not a plain tensor"
+
+
+def test_sharded_blocks_are_found():
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        model = ready(Model())
+        want, mesh = by_definition(model), init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        assert lynx_compile.compile_blocks(model, **OPTIONS) == 1
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), want)
+        assert list(decided("sparse")) == ["up", "down"]
+    finally:
+        torch.distributed.destroy_process_group()
