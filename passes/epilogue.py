@@ -172,7 +172,7 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
         same_size(a, b) for i, (a, b) in enumerate(zip(other.shape, out.shape, strict=True)) if i != axis
     ):
         return False
-    sizes: list[Any] = list(site.out.args[1]) if site.out is not site.y else []
+    sizes: list[Any] = list(site.out.args[1]) if site.out is not site.y else []  # type: ignore[arg-type]
     if axis == dims - 1:
         width = other.shape[-1]
         if first or not isinstance(width, int) or width % _COLUMNS:
