@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +14,12 @@ from typer.testing import CliRunner
 
 import lynx_compile
 from lynx_compile.calibration import Pipeline, calibrate, emulate
+from lynx_compile.calibration.choose import apply_choice, chooser_for
+from lynx_compile.calibration.costs import costs_of
 from lynx_compile.calibration.sensitivity import Sensitivity
 from lynx_compile.cli import calibrate as command
 from lynx_compile.demo.generation import run as run_demo
+from lynx_compile.evaluation.ground import branches_of
 from lynx_compile.layers import LynxLinear
 from lynx_compile.profile import (
     Branch,
@@ -194,8 +198,35 @@ def test_each_is_calibrated_in_its_steps(pipe: Any) -> None:
         assert found[name].provenance["component"] == name
     rows = [found[name].provenance["tokens"] for name in COMPONENTS]
     assert rows[1] == rows[0] * (STEPS - BOUNDARY) // BOUNDARY
-    with pytest.raises(ValueError, match="'transformer_2' is one of several transformers"):
-        Sensitivity(workload, quiet=True).calls_between(0, 2, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "span"), [("transformer", (0, BOUNDARY)), ("transformer_2", (BOUNDARY, STEPS))]
+)
+def test_steps_are_chosen_of_those_in_which_it_runs(pipe: Any, name: str, span: tuple[int, int]) -> None:
+    workload = Pipeline(pipe, ["a lynx"], steps=STEPS, seed=1, call=SMALL, component=name)
+    profile = calibrate(workload, rank=0, shift=False, steps=STEPS, quiet=True)
+    study = Sensitivity(workload, quiet=True)
+    assert study.span(STEPS) == span
+    inside = study.calls_between(3, 5, STEPS)
+    assert [inside(call) for call in range(2 * (span[1] - span[0]))] == [
+        step in (3, 4) for step in range(*span) for _ in range(2)
+    ]
+    chooser = chooser_for(study, profile, branches_of(profile, workload.model), "flops", dense_last_steps=1)
+    last = span[1] == STEPS
+    assert chooser.problem.step_factors.keys() == ({0, 3, 4} if last else {0, 1})
+    everything = chooser.problem.choice(np.ones(len(chooser.problem.ways), dtype=bool), 0)
+    costs = costs_of(profile, workload.model, "flops", {})
+    assert everything.speed == pytest.approx(costs.fastest(3 / 4 if last else 1.0))
+    choice = chooser.measure(chooser.problem.choice(chooser.problem.members(everything), 3 if last else 1))
+    apply_choice(profile, choice)
+    dense = run(pipe)
+    apply_profile(pipe, profile)
+    lynx_compile.compile_blocks(getattr(pipe, name), **OPTIONS)
+    moved = (run(pipe) - dense).norm() / dense.norm()
+    assert choice.measured is not None
+    assert choice.measured > 0.002
+    assert float(moved) == pytest.approx(choice.measured, rel=0.02)
 
 
 def test_the_demo_compares_variants_of_one(pipe: Any) -> None:
@@ -208,7 +239,14 @@ def test_the_demo_compares_variants_of_one(pipe: Any) -> None:
     [
         ((), "Wan has transformer and transformer_2, each with weights of its own; say which"),
         (("--component", "transformer_3"), "no transformer 'transformer_3'; component may be"),
-        (("--component", "transformer_2", "--speed", "1.2"), "--max-error and --speed count steps that one"),
+        (
+            ("--component", "transformer_2", "--speed", "1.2", "--costs", "flops", "--dense-last", "4"),
+            "4 dense last steps of 6 leave none of those sparse in which the model runs, 3 to 6; take fewer",
+        ),
+        (
+            ("--component", "transformer_2", "--speed", "1.6", "--costs", "flops"),
+            "--speed 1.6 is out of reach: with all that may be sparse it is 1.",
+        ),
         (("--component", "transformer_2"), None),
     ],
 )

@@ -18,10 +18,10 @@ from ..profile.branch import Branch
 from ..profile.format import Profile
 from .costs import Costs, costs_of
 from .emulation import Forward
-from .front import Choice, Problem, Way, neighbours, pick, points
+from .front import Choice, Problem, Way, neighbours, pick, points, sparse_share
 from .sensitivity import SENSITIVE, Sensitivity, class_of, gram_of
 
-STEP_COUNTS = (0, 1, 2, 3, 4)  # of dense first steps to choose from
+STEP_COUNTS = (0, 1, 2, 3, 4)  # of dense steps to choose from, the first in which the model runs
 TRIALS = 8  # exchanges measured a round
 # What the last step does wrong stays in the picture, as grain: no later step removes it.
 DENSE_LAST_STEPS = 1
@@ -154,10 +154,12 @@ def problem_of(
     steps: int,
     step_factors: Mapping[int, float] | None = None,
     dense_last_steps: int = 0,
+    span: tuple[int, int] | None = None,
 ) -> Problem:
     """ways: (layer, leading tokens of each sample that stay dense), in the order of gram."""
     listed = [Way(name, tokens, (costs.rows_saved if tokens else costs.saved)[name]) for name, tokens in ways]
-    return Problem(listed, gram, costs.dense_time, steps, step_factors or {0: 1.0}, dense_last_steps)
+    factors = step_factors or {0: 1.0}
+    return Problem(listed, gram, costs.dense_time, steps, factors, dense_last_steps, span)
 
 
 def chooser_for(
@@ -182,6 +184,12 @@ def chooser_for(
         raise ValueError(
             f"{dense_last_steps} dense last steps leave none of {profile.steps} sparse; take fewer"
         )
+    span = study.span(profile.steps)
+    if not sparse_share(span, 0, profile.steps - dense_last_steps):
+        raise ValueError(
+            f"{dense_last_steps} dense last steps of {profile.steps} leave none of those sparse in which the "
+            f"model runs, {span[0] + 1} to {span[1]}; take fewer"
+        )
     text = text_rows or {}
     ways = [(name, 0) for name in branches] + [(name, tokens) for name, tokens in text.items()]
     forwards = [replace(branches[name], dense_tokens=tokens) for name, tokens in ways]
@@ -199,13 +207,14 @@ def chooser_for(
             sensitivity["sample"] = float(gram[i, i]) ** 0.5
             sensitivity["velocity"] = study.velocity({name: forwards[i]}).velocity
     costs = costs_of(profile, study.workload.model, device, text)
-    problem = problem_of(costs, ways, gram, steps, dense_last_steps=dense_last_steps)
+    problem = problem_of(costs, ways, gram, steps, dense_last_steps=dense_last_steps, span=span)
     added = Chooser(study, problem, forwards)
     fastest = min(point.time for point in added.points())
     likely = pick(added.points(), speed=1 / (1 - share * (1 - fastest)))
     members = added.problem.members(likely)
     layers = {ways[i][0]: forwards[i] for i in np.flatnonzero(members).tolist()}
-    counts = [n for n in STEP_COUNTS if n + dense_last_steps < steps]
+    counts = [span[0] + n if n else 0 for n in STEP_COUNTS]
+    counts = [n for n in counts if n < min(span[1], steps - dense_last_steps)]
     measured = study.steps(layers, counts, steps, dense_last_steps)
     profile.studies["dense_first_steps"] = {str(n): list(errors) for n, errors in measured.items()}
     together = max(measured[0][0], 1e-9)
@@ -215,7 +224,7 @@ def chooser_for(
     adding = (together**2 - alone) / (likely.error**2 - alone) if likely.error**2 != alone else 0.0
     adding = min(max(adding, 0.0), 1.0)
     own = np.diag(np.diag(gram))
-    problem = problem_of(costs, ways, own + adding * (gram - own), steps, factors, dense_last_steps)
+    problem = problem_of(costs, ways, own + adding * (gram - own), steps, factors, dense_last_steps, span)
     within = _within(study, ways, layers, np.diag(gram), together**2, sparse)
     profile.studies["interactions"] = {
         "sum_of_own": alone**0.5,

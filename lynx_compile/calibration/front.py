@@ -54,7 +54,8 @@ class Problem:
     """ways, gram (U, U): inner products of what each does to the final sample, over the sample's energy.
 
     dense_time: of all linear layers.  step_factors: n → what is left of the squared error when the first n of
-    `steps` steps run dense (0 → 1).  dense_last_steps: of every choice.
+    `steps` steps run dense (0 → 1).  dense_last_steps: of every choice.  span: first and end of the steps in
+    which the model runs, None for all.
     """
 
     ways: Sequence[Way]
@@ -63,12 +64,13 @@ class Problem:
     steps: int
     step_factors: Mapping[int, float]
     dense_last_steps: int = 0
+    span: tuple[int, int] | None = None
 
     def choice(self, members: np.ndarray, dense_steps: int) -> Choice:
         """members: (U,) bool, one way a layer at most."""
         chosen = [self.ways[i] for i in np.flatnonzero(members).tolist()]
-        steps = self.steps - dense_steps - self.dense_last_steps
-        saved = sum(way.saved for way in chosen) * steps / self.steps
+        share = sparse_share(self.span or (0, self.steps), dense_steps, self.steps - self.dense_last_steps)
+        saved = sum(way.saved for way in chosen) * share
         square = max(float(members @ self.gram @ members), 0.0) * self.step_factors[dense_steps]
         sparse = {way.layer: way.tokens for way in sorted(chosen, key=lambda way: way.layer)}
         time = 1 - saved / self.dense_time
@@ -78,6 +80,11 @@ class Problem:
 
     def members(self, choice: Choice) -> np.ndarray:
         return np.array([choice.sparse.get(way.layer) == way.tokens for way in self.ways], dtype=bool)
+
+
+def sparse_share(span: tuple[int, int], first: int, end: int) -> float:
+    """Share of a model's steps, span[0] … span[1] − 1, that lie in first … end − 1."""
+    return max(min(span[1], end) - max(span[0], first), 0) / (span[1] - span[0])
 
 
 def points(problem: Problem) -> list[Choice]:

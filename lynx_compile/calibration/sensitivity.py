@@ -91,6 +91,7 @@ class Sensitivity:
     quiet: bool = False
     _samples: list[Tensor] = field(default_factory=list)
     _recorded: list[list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]] = field(default_factory=list)
+    _steps: list[tuple[int, int]] = field(default_factory=list)  # of each call, and of how many
     _seconds: float = 0.0
     calls_per_run: int = 0
 
@@ -103,10 +104,13 @@ class Sensitivity:
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             recorded.append((args, kwargs, first_tensor(out)))
+            if self._in_part:
+                self._steps.append(self.workload.step())  # type: ignore[attr-defined]
 
         handle = self.workload.model.register_forward_hook(hook, with_kwargs=True)
         try:
             for batch in range(len(self.workload)):
+                self._steps.clear()  # all batches make the same calls
                 start = time.monotonic()
                 self._samples.append(_synchronised(self.workload.run(batch)))
                 self._seconds += time.monotonic() - start
@@ -179,15 +183,24 @@ class Sensitivity:
     def calls_between(self, first: int, end: int, steps: int) -> Callable[[int], bool]:
         """Whether a call belongs to steps first … end − 1 of `steps`; each step makes as many calls.
 
-        Raises ValueError for one of several transformers, which need not be called in every step.
+        Of one of several transformers the scheduler says to which step a call belongs.
         """
-        if component := getattr(self.workload, "component", None):
-            raise ValueError(
-                f"{component!r} is one of several transformers of its pipeline and may be called in some of "
-                "the steps only, so nothing can be chosen by steps; calibrate it without an aim"
-            )
         self.samples()
+        if self._in_part:
+            return lambda call: first <= self._steps[call][0] * steps // self._steps[call][1] < end
         return lambda call: first <= call * steps // self.calls_per_run < end
+
+    def span(self, steps: int) -> tuple[int, int]:
+        """First and end of those of `steps` steps in which the model is called: Wan 2.2 has two, in turn."""
+        if not self._in_part:
+            return 0, steps
+        self.samples()
+        taken = [step * steps // total for step, total in self._steps]
+        return min(taken), max(taken) + 1
+
+    @property
+    def _in_part(self) -> bool:
+        return getattr(self.workload, "component", None) is not None
 
     def deviations(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..profile.components import transformer_of, transformers_of
+from ..profile.steps import scheduled_step
 
 
 class Workload(Protocol):
@@ -106,6 +107,16 @@ class Pipeline:
 
     def __len__(self) -> int:
         return -(-len(self.prompts) // self.batch_size)
+
+    def step(self) -> tuple[int, int]:
+        """The step the pipeline is at, and how many there are; ValueError if its scheduler is silent."""
+        found = scheduled_step(self.pipe, self.steps)
+        if found is None:
+            raise ValueError(
+                f"the scheduler of {type(self.pipe).__name__} has no step_index, which would tell the steps "
+                f"that {self.component!r} makes; calibrate it without an aim"
+            )
+        return found
 
     @torch.no_grad()
     def run(self, batch: int) -> Tensor:

@@ -71,6 +71,7 @@ def calibrate_(
     from ..cost import model as cost_model
     from ..inputs import device_of, make_folder
     from ..profile import save_profile
+    from ..profile.components import transformer_of
 
     chooses = max_error is not None or speed is not None
     if max_error is not None and speed is not None:
@@ -94,7 +95,7 @@ def calibrate_(
                 make_folder(folder, option)
         rank_, world, where = _join_group(str(device_of(device)))
         pipe = _load(model, where)
-        _check_component(pipe, component, chooses)
+        transformer_of(pipe, component)  # refuses one that is not there or has to be named
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     call: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
@@ -165,18 +166,6 @@ def _load(model: str, device: str) -> Any:
     for transformer in models_of(pipe):
         transformer.eval().requires_grad_(False)
     return pipe
-
-
-def _check_component(pipe: Any, component: str | None, chooses: bool) -> None:
-    """Refuses a component that is not there or has to be named, and an aim where there are several."""
-    from ..profile.components import transformer_of, transformers_of
-
-    transformer_of(pipe, component)
-    if chooses and len(transformers_of(pipe)) > 1:
-        raise ValueError(
-            f"--max-error and --speed count steps that one transformer makes, and {type(pipe).__name__} "
-            f"has {' and '.join(transformers_of(pipe))}; leave them out, safe defaults decide then"
-        )
 
 
 def _prompts(model: str, file: Path | None, wanted: int) -> list[str]:
@@ -260,6 +249,7 @@ def _choose(
     """Measure, choose, write both into the profile; returns the front and what was measured."""
     from ..calibration.choose import apply_choice, chooser_for
     from ..calibration.costs import costs_of
+    from ..calibration.front import sparse_share
     from ..calibration.sensitivity import Sensitivity
     from ..calibration.text_rows import joint_text_rows
     from ..evaluation.ground import branches_of
@@ -269,10 +259,12 @@ def _choose(
     try:
         rows = joint_text_rows(study, branches, text_rows)
         table = costs_of(profile, held_out.model, costs, rows)
+        last = profile.dense_last_steps
+        share = sparse_share(study.span(profile.steps), 0, profile.steps - last)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    last = profile.dense_last_steps
-    _check_reach(table.fastest(1 - last / profile.steps), costs, speed)
+    if share:  # else the chooser says what is wrong
+        _check_reach(table.fastest(share), costs, speed)
     ways = len(branches) + len(rows)
     seconds = study.estimate_s(branches, "layer") * ways / len(branches)
     console.print(f"sensitivity of {ways} choices: about {seconds / 60:.1f} min, then some runs to choose")

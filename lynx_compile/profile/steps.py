@@ -28,6 +28,21 @@ def dense_ends(dense_steps: int, dense_last_steps: int, steps: int, total: int) 
     return math.ceil(dense_steps * total / steps), math.ceil(dense_last_steps * total / steps)
 
 
+def scheduled_step(pipe: Any, usual: int) -> tuple[int, int] | None:
+    """The step that a pipeline's scheduler is at and how many there are; None if it tells no step.
+
+    Schedulers of second order call twice a step, and count calls.  usual: how many where they do not say.
+    """
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    if not hasattr(scheduler, "step_index"):
+        return None
+    step = scheduler.step_index
+    step = step if step is not None else getattr(scheduler, "begin_index", None) or 0
+    timesteps = getattr(scheduler, "timesteps", None)
+    total = getattr(scheduler, "num_inference_steps", None) or usual
+    return step, total if timesteps is None else len(timesteps)
+
+
 class StepTracker:
     """Sets `switch.dense` before each call of the transformer: on during a run's first and last steps.
 
@@ -54,16 +69,8 @@ class StepTracker:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pipe = self._pipe() if self._pipe is not None else None
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is not None and hasattr(scheduler, "step_index"):
-            step = scheduler.step_index
-            step = step if step is not None else getattr(scheduler, "begin_index", None) or 0
-            # Schedulers of second order call twice a step, and count calls.
-            timesteps = getattr(scheduler, "timesteps", None)
-            total = getattr(scheduler, "num_inference_steps", None) or self.steps
-            total = total if timesteps is None else len(timesteps)
-        else:
-            step, total = self._from_timestep(module, args, kwargs), self.steps
+        scheduled = scheduled_step(pipe, self.steps)
+        step, total = scheduled or (self._from_timestep(module, args, kwargs), self.steps)
         first, last = dense_ends(self.dense_steps, self.dense_last_steps, self.steps, total)
         self.switch.dense = step < first or step >= total - last
 
