@@ -148,3 +148,21 @@ def test_a_copied_transformer_follows_its_own_schedule(copied: Callable[[nn.Modu
     blocks(other)
     for _ in range(2):
         torch.testing.assert_close(run(other), reference, rtol=1e-3, atol=1e-3)
+
+
+def test_another_pipeline_of_the_same_transformer_has_its_own_schedule(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pipe, other = make_pipe(), make_pipe()
+    other.transformer = pipe.transformer
+    apply_profile(pipe, make_profile(pipe.transformer))
+    switch = pipe.transformer.transformer_blocks[0].ff.net[2].lynx_switch
+    seen: list[bool] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(switch.dense))
+    ends = [True] * DENSE_STEPS + [False] + [True] * DENSE_LAST_STEPS
+    for running in (other, pipe, other, pipe):  # before the profile's own has run, and after
+        seen.clear()
+        run(running)
+        assert seen == ends
+    said = [record.getMessage() for record in caplog.records if "apply the profile" in record.getMessage()]
+    assert len(said) == 1

@@ -323,6 +323,7 @@ def test_dense_steps_switch_between_two_graphs(folder: Path) -> None:
 
 class Scheduler:
     step_index: int | None = None
+    num_inference_steps: int = 8
     begin_index = 0
     timesteps = range(8)
 

@@ -7,6 +7,7 @@ two compiled variants over one set of weights, each compiled once; hooks run out
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import weakref
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,18 +32,19 @@ def dense_ends(dense_steps: int, dense_last_steps: int, steps: int, total: int) 
 
 
 def scheduled_step(pipe: Any, usual: int) -> tuple[int, int] | None:
-    """The step that a pipeline's scheduler is at and how many there are; None if it tells no step.
+    """The step that a pipeline's scheduler is at and how many there are; None if it tells none or is idle.
 
     Schedulers of second order call twice a step, and count calls.  usual: how many where they do not say.
     """
     scheduler: Any = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "step_index"):
         return None
-    step = scheduler.step_index
-    step = step if step is not None else getattr(scheduler, "begin_index", None) or 0
-    timesteps = getattr(scheduler, "timesteps", None)
-    total = getattr(scheduler, "num_inference_steps", None) or usual
-    return step, total if timesteps is None else len(timesteps)
+    index, timesteps = scheduler.step_index, getattr(scheduler, "timesteps", None)
+    step = index if index is not None else getattr(scheduler, "begin_index", None) or 0
+    told = getattr(scheduler, "num_inference_steps", None)
+    total = (told or usual) if timesteps is None else len(timesteps)
+    never_set = index is None and told is None and timesteps is not None  # all 1000 of training
+    return None if never_set or step >= total else (step, total)
 
 
 class StepTracker:
@@ -48,8 +52,9 @@ class StepTracker:
 
     dense_steps, dense_last_steps, steps: how many of how many denoising steps were dense when the profile was
     made; another number of steps scales both, rounded up. pipe: its scheduler is read for the step, at no
-    cost; without one the step is told by the transformer's `timestep` argument, which costs one device
-    synchronisation a call, and runs are taken to have `steps` steps.
+    cost; without one, or where another pipeline runs the transformer, the step is told by the transformer's
+    `timestep` argument, which costs one device synchronisation a call, and runs are taken to have `steps`
+    steps.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class StepTracker:
         self._last: float | None = None
         self._direction = 0.0
         self._step = 0
+        self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or saved transformer is in no pipeline yet: its copy goes by the timestep."""
@@ -70,6 +76,13 @@ class StepTracker:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pipe = self._pipe() if self._pipe is not None else None
         scheduled = scheduled_step(pipe, self.steps)
+        if scheduled is None and hasattr(getattr(pipe, "scheduler", None), "step_index") and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s runs, but not in the %s that its profile was applied to: its dense steps now go by the "
+                "timestep, for runs of %d steps; apply the profile to the pipeline that runs",
+                *(type(module).__name__, type(pipe).__name__, self.steps),
+            )
         step, total = scheduled or (self._from_timestep(module, args, kwargs), self.steps)
         first, last = dense_ends(self.dense_steps, self.dense_last_steps, self.steps, total)
         self.switch.dense = step < first or step >= total - last
