@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from lynx_compile.profile import Fingerprint, Profile, save_profile
+from lynx_compile.cli import profile as profile_command
+from lynx_compile.profile import Fingerprint, Profile, load_profile, save_profile
 
 MISSING = """
 import sys
@@ -50,3 +53,10 @@ def test_a_terminal_that_knows_no_dots_gets_question_marks(tmp_path):
     run = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0, run.stderr.decode()
     assert b"FluxTransformer2DModel ? 0 of 0 layers sparse" in run.stdout
+
+
+def test_a_profile_is_shown_with_whole_names():
+    folder = Path(__file__).parent.parent / "examples" / "emoji_flux" / "profile"
+    shown = CliRunner().invoke(profile_command.app, ["show", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert [name for name in load_profile(folder).layers if f" {name} " not in shown.output] == []

@@ -69,7 +69,7 @@ def test_chooses_and_draws(prompts: Path, aim: tuple[str, str], rows: int) -> No
         "dense_steps.png",
         "front.png",
     }
-    shown = CliRunner().invoke(profile_command.app, ["show", str(folder)], env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(profile_command.app, ["show", str(folder)])
     assert shown.exit_code == 0, shown.output
     assert profile.dense_last_steps == 1  # unless asked for more or fewer
     assert f"first {profile.dense_steps} and last 1 of 3 steps dense" in shown.output

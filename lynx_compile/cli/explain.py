@@ -85,7 +85,7 @@ def _explain(
     from ..models import resolve
 
     check_file(coverage, "--coverage")
-    console = _console()
+    console = table_console()
     done = []
     for name in models:
         step = at_resolution(resolve(name).step, resolution, batch)
@@ -123,7 +123,8 @@ def at_resolution(step: Step, resolution: str | None, batch: int) -> Step:
     return replace(step, width=width, height=height, batch=batch)
 
 
-def _console() -> Console:
+def table_console() -> Console:
+    """A console whose tables no pipe cuts to 80 columns."""
     from rich.console import Console
 
     console = Console()
@@ -140,7 +141,7 @@ def _list_models() -> None:
         table.add_column(column)
     for name, known in KNOWN.items():
         table.add_row(name, known.repository, known.transformer, f"{known.parameters_b:.1f}")
-    console = _console()
+    console = table_console()
     console.print(table)
     console.print("rt-lynx explain NAME; a folder, a config.json or any hub id works too")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .explain import table_console
 
 if TYPE_CHECKING:
     from ..profile import Profile
@@ -47,7 +48,8 @@ def show(folder: Folder) -> None:
     sparse = profile.sparse_layers()
     table = Table(title=f"{profile.model.model} · {len(sparse)} of {len(profile.layers)} layers sparse")
     for column in ("layer", "N", "K", "decision", "rank", "error before", "after", "sample", "reason"):
-        table.add_column(column, justify="left" if column in ("layer", "decision", "reason") else "right")
+        words = column in ("layer", "decision", "reason")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     for name, layer in profile.layers.items():
         table.add_row(
             name,
@@ -62,7 +64,7 @@ def show(folder: Folder) -> None:
             _number(layer.sensitivity.get("sample")),
             layer.reason,
         )
-    console = Console()
+    console = table_console()
     console.print(table)
     console.print(
         f"compensation {profile.compensation}; first {profile.dense_steps} and last "
@@ -81,7 +83,7 @@ def diff_(first: Folder, second: Folder) -> None:
         rows = diff(_load(first), _load(second))
     table = Table(title=f"{sum(row.changed for row in rows)} of {len(rows)} layers differ")
     for column in ("layer", "decision", "rank", "error after", "branch distance"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         if row.changed:
             table.add_row(
@@ -91,7 +93,7 @@ def diff_(first: Folder, second: Folder) -> None:
                 f"{_number(row.errors[0])} → {_number(row.errors[1])}",
                 _number(row.branch),
             )
-    Console().print(table)
+    table_console().print(table)
 
 
 @app.command("merge")
