@@ -335,6 +335,12 @@ def test_blocks_with_cuda_graphs_are_told_where_a_step_begins(monkeypatch):
     compile_blocks(model := Model(2), **OPTIONS)
     model(X)
     assert begun == [0, 1]
+    pipe = types.SimpleNamespace(transformer=Model(1), transformer_2=Model(1))
+    pipe.components = vars(pipe).copy()
+    compile_blocks(pipe, mode="reduce-overhead", **OPTIONS)
+    pipe.transformer(X)
+    pipe.transformer_2(X)
+    assert begun == [0, 1, 2, 3]
 
 
 def test_a_model_without_repeated_blocks_says_what_to_give():

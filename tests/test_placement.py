@@ -156,6 +156,16 @@ def test_a_part_of_another_dtype_is_refused_also_after_a_right_one(driver, side)
         operands.linear(compressed, **without, **{side: right})
 
 
+def test_a_call_is_remembered_for_its_own_side(driver, monkeypatch):
+    operands, prepare, made = stand_in.Operands(), placement.prepare, []
+    monkeypatch.setattr(placement, "prepare", lambda *given: made.append(given[2:]) or prepare(*given))
+    compressed, part = operands.sparsify(), torch.zeros(1, 96, 32).bfloat16()  # fits on every side
+    for _ in range(2):
+        for side in ("left", "top", "bottom"):
+            operands.linear(compressed, residual=None, gate=None, **{side: part})
+    assert made == [(part, None, None), (None, part, None), (None, None, part)]
+
+
 @pytest.mark.parametrize(
     ("rows", "left", "top"),
     [(0, (2, 0, 8), None), (4, (4, 0), None), (0, None, (2, 3, 48)), (0, None, (0, 3, 48))],

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lynx_compile
-from lynx_compile.policy import _NAMED_DEFAULTS
+from lynx_compile.policy import _NAMED_DEFAULTS, _wrapper
 
 NAMES = {
     "modulation": [
@@ -155,3 +155,35 @@ def test_exactly_as_many_tokens_as_it_takes_are_enough(least, decision):
         )
     (row,) = lynx_compile.report().rows
     assert (row.decision, row.min_tokens) == (decision, 0)  # known: nothing is left to the run time
+
+
+@pytest.mark.parametrize(
+    ("names", "wrapper"),
+    [
+        (["blocks.0.up", "proj_out"], ""),
+        (["a.b.blocks.0.up", "a.b.proj_out"], "a.b."),
+        (["a.blocks.0.up", "a.blocks.1.up"], "a."),  # the list of blocks is the model's own
+        (["blocks.0.up", "blocks.0.proj_out"], ""),
+        (["a.embed", "a.blocks.0.up"], "a."),
+        (["linear", "a.blocks.0.up"], ""),
+    ],
+)
+def test_what_wraps_a_model_ends_before_its_blocks(names, wrapper):
+    assert _wrapper(names) == wrapper
+
+
+def test_the_last_layer_of_a_block_alone_is_no_final_projection():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.ModuleDict({"up": nn.ModuleList([nn.Linear(64, 64)])})
+            self.attn["proj_out"] = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return x + 2 * torch.tanh(self.attn["proj_out"](torch.relu(self.attn["up"][0](x))))
+
+    lynx_compile.clear_report()
+    torch._dynamo.reset()
+    options = {"emulate": True, "rest": "eager", "strict": True}
+    torch.compile(Block().requires_grad_(False), backend="rt_lynx", options=options)(torch.randn(2, 40, 64))
+    assert {row.name: row.decision for row in lynx_compile.report().rows}["attn.proj_out"] == "sparse"
