@@ -14,6 +14,7 @@ from torch import nn
 
 import lynx_compile
 from lynx_compile.calibration import Inputs, Pipeline, calibrate, emulate
+from lynx_compile.calibration.collect import Collector
 from lynx_compile.calibration.sensitivity import Sensitivity
 from lynx_compile.profile import Branch, Profile
 
@@ -101,6 +102,19 @@ def test_two_calibrations_in_one_folder_but_not_at_once(tmp_path: Path) -> None:
         finally:
             other.kill()
     assert same(quick(make_workload(), state=state), quick(make_workload()))
+
+
+def test_processes_of_one_group_share_a_state_folder(tmp_path: Path) -> None:
+    first, second = (Collector(make_workload(), state=tmp_path, quiet=True) for _ in range(2))
+    with first._alone():
+        with pytest.raises(BlockingIOError), second._alone():
+            pass
+        second.rank = 1
+        with second._alone():
+            pass
+    second.rank = 0
+    with second._alone():  # let go by the first
+        pass
 
 
 def test_a_model_with_nothing_to_run_sparse_is_refused() -> None:

@@ -118,6 +118,16 @@ def test_layers_of_one_down_projection_deflate_each_as_it_says(deflated):
     torch.testing.assert_close(got, torch.cat(want, -1))
 
 
+def test_layers_moved_to_two_dtypes_get_one_tensor_each_in_their_own():
+    down, up = data()["down"].double(), data()["up"].double()
+    layers = [attach(linear(), down=down, up=up) for _ in range(3)]
+    dtypes = [torch.float32, torch.float16, torch.float32]
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        layer.to(dtype)
+    assert [layer.lynx_down.dtype for layer in layers] == dtypes
+    assert layers[0].lynx_down is layers[2].lynx_down
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
