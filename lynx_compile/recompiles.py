@@ -56,9 +56,8 @@ class SharedCode:
 
     def _start_over(self) -> None:
         limit: dict[str, Any] = {"recompile_limit": _limit()} if _TAKES_LIMIT else {}
-        entry = types.FunctionType(_call.__code__.replace(), _call.__globals__, "block")
         self._compiled: Callable[..., Any] = torch.compile(
-            entry, backend=self._backend, **self._settings, **limit
+            own_code(), backend=self._backend, **self._settings, **limit
         )
         self._crowded = False
 
@@ -74,6 +73,11 @@ class SharedCode:
         elif number >= torch._dynamo.config.recompile_limit - 1:
             self._crowded = True
         return made
+
+
+def own_code() -> types.FunctionType:
+    """What calls a block, with a code object of its own."""
+    return types.FunctionType(_call.__code__.replace(), _call.__globals__, "block")
 
 
 def warn_before_limit() -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,10 @@ from .options import Options
 from .passes.linear import normalize_name
 from .policy import first_match
 from .profile.components import models_of
-from .recompiles import SharedCode
+from .recompiles import SharedCode, own_code
+
+if TYPE_CHECKING:
+    from .precompiled import Precompiled
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +39,22 @@ def compile_blocks(
     blocks: str | Sequence[str] | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
+    precompile: bool = False,
     **options: Any,
 ) -> int:
     """Compile each repeated block of a model in place with the rt_lynx backend.
 
     model: a module, or a pipeline for its transformers. blocks: class names of the blocks, or one; by default
     each model's `_repeated_blocks`. fullgraph, dynamic: as in `torch.compile`. options: those of the backend;
-    `skip` and `only` speak of full names here. Returns the number of distinct patterns, each of which is
-    compiled once, on its first call.
-    Raises TypeError for what is neither, ValueError when the model has no such blocks.
+    `skip` and `only` speak of full names here. precompile: keep what is compiled on disk with its guards, so
+    that a later process loads it in place of tracing (`lynx_compile.precompiled`; needs fullgraph=True).
+    Returns the number of distinct patterns, each of which is compiled once, on its first call.
+    Raises TypeError for what is neither, ValueError when the model has no such blocks or `precompile` does
+    not go with the other arguments.
     """
     settings = Options.parse(options)
+    if precompile:
+        _check_precompile(settings, fullgraph, dynamic)
     models = models_of(model)
     found = [_blocks_of(one, [blocks] if isinstance(blocks, str) else blocks) for one in models]
     others: set[nn.Module] = set()
@@ -55,14 +63,42 @@ def compile_blocks(
         if (settings.mode or settings.inductor) and settings.config_patches().get("triton.cudagraphs"):
             _mark_steps(one)
     rest = {name: value for name, value in options.items() if name not in ("skip", "only")}
-    compiled: dict[Hashable, SharedCode] = {}
+    compiled: dict[Hashable, SharedCode | Precompiled] = {}
     for block in chain.from_iterable(found):
         skip = tuple(normalize_name(name) for name, module in block.named_modules() if module in others)
         key = pattern(block), skip
         if key not in compiled:
-            compiled[key] = SharedCode({**rest, "skip": skip}, fullgraph, dynamic)
+            own = {**rest, "skip": skip}
+            shared = SharedCode(own, fullgraph, dynamic)
+            compiled[key] = _on_disk(shared, key, own, dynamic) if precompile else shared
         block._compiled_call_impl = functools.partial(compiled[key], block)
     return len(compiled)
+
+
+def _check_precompile(settings: Options, fullgraph: bool, dynamic: bool | None) -> None:
+    if not fullgraph:
+        raise ValueError("precompile=True keeps whole graphs; give fullgraph=True, too")
+    if dynamic:
+        raise ValueError("precompile=True keeps graphs of fixed shapes; leave out dynamic=True")
+    if settings.rest != "inductor":
+        raise ValueError(
+            f"precompile=True keeps what Inductor compiled; rest={settings.rest!r} compiles nothing"
+        )
+    if settings.config_patches().get("triton.cudagraphs"):
+        raise ValueError(
+            "precompile=True keeps no CUDA graphs; use mode='max-autotune-no-cudagraphs' or none"
+        )
+
+
+def _on_disk(
+    otherwise: SharedCode, key: Hashable, options: Mapping[str, Any], dynamic: bool | None
+) -> Precompiled:
+    from .backend import rt_lynx
+    from .precompiled import Precompiled  # torch's ahead-of-time compilation, which nothing else here needs
+
+    identity = repr(key), sorted(options.items()), dynamic
+    compiler = functools.partial(rt_lynx, options=dict(options))
+    return Precompiled(own_code(), compiler, otherwise, repr(identity), dynamic)
 
 
 def _blocks_of(model: nn.Module, classes: Sequence[str] | None) -> list[nn.Module]:

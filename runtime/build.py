@@ -213,22 +213,22 @@ def _checked(result: tuple[Any, Any]) -> Any:
     return value
 
 
-def cache_folder() -> Path | None:
-    """The private folder of cached cubins, made if needed; None when there is none to be had.
+def cache_folder(name: str = "kernels") -> Path | None:
+    """The private folder of what is compiled, cubins by default, made if needed; None when there is none.
 
     `LYNX_CACHE_DIR` overrides the user's cache folder. A folder that others may write to is not used: its
-    content would run on the GPU with this user's rights.
+    content would run with this user's rights.
     """
     base = os.environ.get("LYNX_CACHE_DIR") or platformdirs.user_cache_dir("lynx-compile")
-    folder = Path(base).expanduser() / "kernels"
+    folder = Path(base).expanduser() / name
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except OSError as error:
-        log.info("kernels are compiled anew in each process: no cache folder %s (%s)", folder, error)
+        log.info("%s are compiled anew in each process: no cache folder %s (%s)", name, folder, error)
         return None
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        log.warning("kernel cache %s is unused because others may write to it; chmod 700 it", folder)
+        log.warning("cache folder %s is unused because others may write to it; chmod 700 it", folder)
         return None
     return folder
 
