@@ -16,6 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .backends import BACKENDS
+
+STARTS = {
+    **BACKENDS,
+    "rt_lynx-precompiled": replace(
+        BACKENDS["rt_lynx"], name="rt_lynx-precompiled", options={"precompile": True}
+    ),
+}
 STEADY = 3  # steps after the first, the last of which counts
 
 
@@ -32,7 +40,7 @@ def run(
     cold_s, warm_s: switching the backend on and the first step, less a later step, in the first and in the
     second process: imports, tracing, compiling or loading. tracing_s: Dynamo's part of warm_s, which no cache
     on disk covers. blocks: of each kind; None for all.
-    Raises RuntimeError when a process fails.
+    backends: of `STARTS`. Raises RuntimeError when a process fails.
     """
     rows = []
     for backend in backends:
@@ -83,9 +91,9 @@ def first_step(model: str, backend: str, rank: int, blocks: int | None) -> dict[
 
     from ..models import resolve
     from . import step as measurements
-    from .backends import BACKENDS, attach_random_branches, switch_on
+    from .backends import attach_random_branches, switch_on
 
-    chosen = BACKENDS[backend]
+    chosen = STARTS[backend]
     known = resolve(model)
     if blocks is not None:
         known = replace(known, config={**known.config, **known.block_counts(blocks)})

@@ -189,7 +189,8 @@ def step(
 def start(
     model: Annotated[str, typer.Option(help="flux, qwen-image, z-image or any other known model.")] = "flux",
     backend: Annotated[
-        list[str] | None, typer.Option(help="What to compare, as in bench step; repeatable.")
+        list[str] | None,
+        typer.Option(help="What to compare: as in bench step, and rt_lynx-precompiled; repeatable."),
     ] = None,
     rank: Rank = 64,
     blocks: Blocks = None,
@@ -199,16 +200,15 @@ def start(
     """How long compiling keeps a process from its first step: with nothing cached, then a second time."""
     from ..bench import layers_report
     from ..bench import start as measurements
-    from ..bench.backends import BACKENDS
     from ..results import write_results
 
     console = _console()
     _check_files(console, json)
     _need_gpu(console)
     chosen = backend or ["inductor", "rt_lynx"]
-    unknown = [name for name in chosen if name not in BACKENDS]
+    unknown = [name for name in chosen if name not in measurements.STARTS]
     if unknown:
-        raise _failure(console, f"unknown backend {unknown[0]!r}; one of {', '.join(BACKENDS)}")
+        raise _failure(console, f"unknown backend {unknown[0]!r}; one of {', '.join(measurements.STARTS)}")
     try:
         rows = measurements.run(model, chosen, rank=rank, blocks=blocks, progress=console.print)
     except (ValueError, RuntimeError) as error:
