@@ -1,7 +1,6 @@
 """Blocks kept on disk: loaded where everything is as it was, compiled anew where anything is not."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import types
@@ -76,12 +75,15 @@ def test_nothing_is_traced_and_the_report_says_what_was_decided():
 
 
 def test_a_second_process_traces_nothing(own_copy):
+    for path in files(own_copy):  # of this process, whose threads and settings other tests may have changed
+        path.unlink()
     code = (
         "import torch; from tests import test_precompiled as t\n"
         "model = t.start(t.Model()); t.check(model, t.inputs()); print('traced', t.traced())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
-    assert done.stdout.splitlines()[-1:] == ["traced 0"], done.stderr[-2000:]
+    for graphs in (1, 0):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1:] == [f"traced {graphs}"], done.stderr[-2000:]
 
 
 def test_weights_are_the_models_own_and_in_no_file(own_copy):
