@@ -223,6 +223,13 @@ def join_tokens(dense: Tensor, others: Tensor, dense_tokens: int) -> Tensor:
     return torch.cat([others, dense] if dense_tokens < 0 else [dense, others], 1)
 
 
+def with_dense_tokens(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dense_tokens: int) -> Tensor:
+    """y (S, L, N) of a sparse layer on x (S, L, K), its dense tokens as the dense layer makes them."""
+    dense, _ = split_tokens(x, dense_tokens)
+    _, others = split_tokens(y, dense_tokens)
+    return join_tokens(F.linear(dense, weight, bias), others, dense_tokens)
+
+
 def sparse_linear(
     pruned: Tensor,
     scale: Tensor,

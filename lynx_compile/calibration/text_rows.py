@@ -34,13 +34,15 @@ def text_rows_of(
     model that is not known, or a call without text.
     """
     name = type(model).__name__
+    if name not in _TEXT_FIRST and name not in _TEXT_LAST:
+        return None
     given = inspect.signature(type(model).forward).bind_partial(model, *args, **keywords).arguments
     if name in _TEXT_FIRST:
         text = given.get("encoder_hidden_states")
         return None if text is None else (_TEXT_FIRST[name], text.shape[1])
     captions = given.get("cap_feats")
     # a call that edits pictures has captions for each part and puts them in front
-    if name not in _TEXT_LAST or not captions or not all(isinstance(one, Tensor) for one in captions):
+    if not captions or not all(isinstance(one, Tensor) for one in captions):
         return None
     return _TEXT_LAST[name], -max(-(-len(one) // _CAPTION_MULTIPLE) for one in captions) * _CAPTION_MULTIPLE
 

@@ -73,9 +73,7 @@ class Lever:
         if self.down is not None and self.up is not None:
             y = y + F.linear(F.linear(z, self.down.to(x.dtype)), self.up.to(x.dtype))
         if self.dense_tokens:
-            text, _ = semantics.split_tokens(x, self.dense_tokens)
-            _, others = semantics.split_tokens(y, self.dense_tokens)
-            y = semantics.join_tokens(F.linear(text, weight, module.bias), others, self.dense_tokens)
+            y = semantics.with_dense_tokens(y, x, weight, module.bias, self.dense_tokens)
         return y
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime import kernels, ops, semantics
@@ -66,9 +65,7 @@ class Branch:
         y = self._kernels(module, x) if self._has_kernels(x) else self._definition(module, x)
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         if self.dense_tokens and x.dim() == 3:
-            text, _ = semantics.split_tokens(x, self.dense_tokens)
-            _, others = semantics.split_tokens(y, self.dense_tokens)
-            y = semantics.join_tokens(F.linear(text, module.weight, module.bias), others, self.dense_tokens)
+            y = semantics.with_dense_tokens(y, x, module.weight, module.bias, self.dense_tokens)
         return y
 
     def _has_kernels(self, x: Tensor) -> bool:
