@@ -17,7 +17,7 @@ from torch import fx
 from ..runtime import ops
 from .graph import getitem, insert, order, replace
 from .mutation import Mutations, remove_dead
-from .site import META, Site, sites_of
+from .site import META, Site, besides_of, sites_of
 from .together import hoist
 
 
@@ -54,6 +54,7 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
     producer, inputs = sparsify.args
     names = ("bias", "lora_up", "gate", "residual")
     lists = {name: [site.y.kwargs.get(name) for site in layers] for name in names}
+    besides, sides = besides_of(layers)
     outputs = insert(
         first,
         ops.linears,
@@ -67,6 +68,8 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
         activations=[site.y.kwargs.get("activation", "none") for site in layers],
         gates=lists["gate"],
         residuals=lists["residual"],
+        besides=besides,
+        sides=sides,
     )
     outputs.meta[META] = [site.note for site in layers]
     outputs_of = [getitem(outputs, index, first) for index in range(len(layers))]
@@ -77,7 +80,7 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
 
 
 def _operands(site: Site) -> list[Any]:
-    names = ("bias", "lora_up", "gate", "residual")
+    names = ("bias", "lora_up", "gate", "residual", *ops.SIDES)
     return [site.y.args[4], *(site.y.kwargs.get(name) for name in names), _dense_bias(site)]
 
 

@@ -40,6 +40,7 @@ from .graph import (
     kind,
     operands,
     per_sample,
+    reaches,
     real_users,
     same_shape,
     same_size,
@@ -156,8 +157,6 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
     readers = real_users(site.out)
     if len(readers) != 1 or len(site.out.users) != 1 or kind(readers[0]) != "cat":
         return False
-    if _some_choose(site):
-        return False  # the op that chooses writes whole outputs
     cat, out = readers[0], tensor(site.out)
     parts = arg(cat, "tensors")
     if len(parts) != 2 or parts[0] is parts[1] or out is None:
@@ -166,6 +165,8 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
     beside = parts[1] if first else parts[0]
     other, dims = tensor(beside), out.dim()
     if other is None or not _alike(other, out) or other.dim() != dims:
+        return False
+    if _siblings_choose(site) and reaches(site.sparsify, beside):
         return False
     axis = arg(cat, "dim", 0) % dims
     if not all(

@@ -58,6 +58,11 @@ class Site:
     out: fx.Node
     note: Note
 
+    @property
+    def side(self) -> str:
+        """On which of `ops.SIDES` the output holds more than what the layer computes; "" if on none."""
+        return next((side for side in ops.SIDES if side in self.y.kwargs), "")
+
     def absorb(
         self, consumed: fx.Node, mutations: Mutations, shape: Sequence[Any] | None = None, **epilogue: Any
     ) -> bool:
@@ -66,7 +71,7 @@ class Site:
         shape: of the result, where that is another than the layer's. False, and nothing done, if an operand
         may be written to in between, or if the output holds more than what the layer computes.
         """
-        if "left" in self.y.kwargs or "top" in self.y.kwargs:
+        if self.side:
             return False
         if any(mutations.between(read, self.y, consumed) for read in self.y.all_input_nodes):
             return False
@@ -110,6 +115,14 @@ def sites_of(sparsify: fx.Node) -> list[Site]:
         reshaped = len(readers) == 1 and readers[0].meta.get(META) is _SHAPE  # ours, not one of the model
         found.append(Site(sparsify, y, readers[0] if reshaped else y, y.meta.get(META, Note(y.name))))
     return found
+
+
+def besides_of(layers: Sequence[Site]) -> tuple[list[Any], list[str]]:
+    """`besides` and `sides` of an op for several layers; both empty where none has anything beside it."""
+    sides = [site.side for site in layers]
+    if not any(sides):
+        return [], []
+    return [site.y.kwargs.get(side) for site, side in zip(layers, sides, strict=True)], sides
 
 
 def runs_together(sparsify: fx.Node) -> bool:

@@ -5,9 +5,9 @@
     v = sparse_linear(*s, U, bias=d)
 
 As good as one wide weight, without a second copy of it: no part of the chip waits at the end of each layer.
-A layer that needs something else first (a gate, a residual, what stands beside it) runs where it did. No more
-at once than one launch takes: what else reads X, of another block perhaps, would only hold its output early.
-Runs last.
+A layer that needs something else first (a gate, a residual, columns beside it) runs where it did; one that
+writes its rows above or below others takes those along. No more at once than one launch takes: what else
+reads X, of another block perhaps, would only hold its output early. Runs last.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import fx
 
 from ..runtime import ops
 from ..runtime.gemm_sm90 import LAYERS
-from .graph import CASTS, getitem, insert, kind, order, replace
+from .graph import CASTS, getitem, insert, kind, order, replace, same_size, tensor
 from .mutation import Mutations, is_fresh, remove_dead
-from .site import META, Site, sites_of
+from .site import META, Site, besides_of, sites_of
 
-_OF_A_LAYER = ("lora_up", "bias")  # what the layers of a group may have
+_OF_A_LAYER = ("lora_up", "bias")  # what the layers of a group may have, beside an activation
+_ROWS = ("top", "bottom")
 _SPARSE = (ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears)
 
 
@@ -33,11 +34,12 @@ def run_together(graph: fx.Graph) -> int:
     for sparsify in [node for node in graph.nodes if node.target is ops.sparsify]:
         position = order(graph)
         layers = sorted(sites_of(sparsify), key=lambda site: position[site.y])
-        waiting = [site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, "activation"}]
+        waiting = [site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, *_ROWS, "activation"}]
         while len(waiting) > 1:
             group, waiting = waiting[:1], waiting[1:]
             for site in list(waiting):
-                if len(group) < LAYERS and _moves(site, group[0].y, position, mutations):
+                alike = len(group) < LAYERS and _same_samples(site, group)
+                if alike and _moves(site, group[0].y, position, mutations):
                     group.append(site)
                     waiting.remove(site)
             if len(group) > 1:
@@ -57,6 +59,13 @@ def _moves(site: Site, before: fx.Node, position: dict[fx.Node, int], mutations:
     return all(hoist(read, before, position, mutations) for read in reads)
 
 
+def _same_samples(site: Site, group: list[Site]) -> bool:
+    """Whether the rows beside a layer belong to as many samples as those beside the others."""
+    given = [tensor(one.y.kwargs[one.side]) for one in (*group, site) if one.side]
+    counts = [None if rows is None else rows.shape[0] for rows in given]
+    return all(count is not None and same_size(count, counts[0]) for count in counts)
+
+
 def _rewrite(group: list[Site], mutations: Mutations) -> None:
     first = group[0].y
     lists = {name: [site.y.kwargs.get(name) for site in group] for name in _OF_A_LAYER}
@@ -66,7 +75,17 @@ def _rewrite(group: list[Site], mutations: Mutations) -> None:
     outputs = insert(
         first,
         ops.sparse_linears,
-        (*first.args[:3], ts, weights, lists["lora_up"], lists["bias"], activations, none, none),
+        (
+            *first.args[:3],
+            ts,
+            weights,
+            lists["lora_up"],
+            lists["bias"],
+            activations,
+            none,
+            none,
+            *besides_of(group),
+        ),
         first,
     )
     outputs.meta[META] = [site.note for site in group]
@@ -83,7 +102,7 @@ def hoist(node: Any, before: fx.Node, position: dict[fx.Node, int], mutations: M
     """
     if node not in position or position[node] < position[before]:
         return True
-    pure = is_fresh(node) or kind(node) in CASTS or kind(node) == "narrow"
+    pure = node.op == "get_attr" or is_fresh(node) or kind(node) in CASTS or kind(node) == "narrow"
     if not pure or node.target in _SPARSE:
         return False
     if mutations.reach([node], before):

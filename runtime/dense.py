@@ -58,11 +58,17 @@ def _normalized(producer: str, rows: Sequence[Tensor | None], eps: float, mult_o
 def scaled(x: Tensor, mult: Tensor | None, add: Tensor | None) -> Tensor:
     """x · mult + add for x (M, C).
 
-    mult, add: S·C elements, one row for the M / S rows of a sample. Raises ValueError if S does not divide M.
+    mult, add: S·C elements, one row for the M / S rows of a sample, each with an S of its own. Raises
+    ValueError if an S does not divide M.
     """
     m, channels = x.shape
+    if not m:
+        return x
     both = [t if t is None else t.reshape(-1, 1, channels) for t in (mult, add)]
-    samples = max((t.shape[0] for t in both if t is not None), default=1)
+    counts = {t.shape[0] for t in both if t is not None} - {1}
+    if len(counts) > 1:
+        return scaled(scaled(x, mult, None), None, add)
+    samples = counts.pop() if counts else 1
     if samples == 0 or m % samples:
         raise ValueError(
             f"{samples} samples cannot share M = {m} rows evenly; give one row of channels a sample"

@@ -73,11 +73,11 @@ def _device_reason(index: int | None) -> str | None:
 
 
 @functools.cache
-def _gemm(device: int, dtype: torch.dtype) -> Callable[..., Call] | None:
-    """What prepares the sparse GEMM on a device for an element type; None where the definition has to do."""
+def _gemms(device: int, dtype: torch.dtype) -> Callable[..., Call] | None:
+    """What prepares sparse GEMMs on a device for an element type; None where the definition has to do."""
     if device < 0 or unavailable_reason(torch.device("cuda", device), dtype) is not None:
         return None
-    return gemm_sm90.prepare if is_hopper(device) else gemm_mma.prepare
+    return gemm_sm90.prepare_all if is_hopper(device) else gemm_mma.prepare_all
 
 
 def is_hopper(device: int) -> bool:
@@ -86,7 +86,7 @@ def is_hopper(device: int) -> bool:
 
 
 _sparsify_calls, _linear_calls, _placed_calls, _together_calls, _rotary_calls = (Known() for _ in range(5))
-_residual_norm_calls = Known()
+_residual_norm_calls, _placed_together_calls = Known(), Known()
 
 
 def _sparsify_key(
@@ -120,8 +120,8 @@ def _linear_key(
     bottom: Tensor | None = None,
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
-    beside = left is not None or top is not None or bottom is not None
-    return (activation, beside, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
+    placed = left is not None or top is not None or bottom is not None
+    return (activation, placed, version), (values, metadata, scale, t, weight, lora_up, bias, gate, residual)
 
 
 def _sparsify(
@@ -147,7 +147,7 @@ def _sparsify(
     rank = 0 if lora_down is None else lora_down.shape[0]
     arguments: dict[str, Any] = {"eps": eps, "mult_offset": mult_offset, "shift": shift, "score": score}
     arguments |= {"lora_down": lora_down, "compensation": compensation, "deflated": deflated}
-    no_kernel = _gemm(first.get_device(), first.dtype) is None or deflated > sparsify_kernel.MAX_DEFLATED
+    no_kernel = _gemms(first.get_device(), first.dtype) is None or deflated > sparsify_kernel.MAX_DEFLATED
     if version != ops.VERSION or no_kernel:
         return ops._sparsify_reference(producer, inputs, **arguments, version=version)
     if not rank % RANK_MULTIPLE:
@@ -191,17 +191,19 @@ def _sparse_linear(
         bottom,
         version,
     )
-    beside = left if left is not None else top if top is not None else bottom
-    placed = beside is not None
+    given_beside = [
+        (part, side) for part, side in zip((left, top, bottom), ops.SIDES, strict=True) if part is not None
+    ]
+    beside, side = given_beside[0] if given_beside else (None, "")
     if beside is not None:
-        options = *options, left is None, bottom is None, beside.shape, beside.dtype
-    known = _placed_calls if placed else _linear_calls
+        options = *options, side, beside.shape, beside.dtype
+    known = _linear_calls if beside is None else _placed_calls
     call = known.find(options, given)
     if call is not None:
-        return placement.fill(call.run()[0], left, top, bottom)
+        return placement.fill(call.run()[0], beside, side)
     ops.check_beside(values, weight.shape[0], left, top, bottom)
-    prepare_gemm = _gemm(values.get_device(), values.dtype)
-    if prepare_gemm is None or version != ops.VERSION:
+    prepare_all = _gemms(values.get_device(), values.dtype)
+    if prepare_all is None or version != ops.VERSION:
         return ops._sparse_linear_reference(
             values,
             metadata,
@@ -223,17 +225,17 @@ def _sparse_linear(
     if not values.shape[0] or not weight.shape[0]:
         return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top, bottom)
     checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
-    *matrices, up, bias, gate, residual = checked
-    layer = *matrices, up, bias, activation, gate, residual
-    if placed:
-        call = placement.prepare(prepare_gemm, layer, left, top, bottom)
-        if call is None:
-            return ops.placed(prepare_gemm(*layer).run()[0], left, top, bottom)
+    *compressed, t, weight, up, bias, gate, residual = checked
+    layers = [operands.Layer(t, weight, up, bias, activation, gate, residual)]
+    if beside is None:
+        call = prepare_all(*compressed, layers)
     else:
-        call = prepare_gemm(*layer)
+        call = placement.prepare(prepare_all, compressed, layers, [beside], [side])
+        if call is None:
+            return ops.placed(prepare_all(*compressed, layers).run()[0], left, top, bottom)
     if all(a is b for a, b in zip(checked, given, strict=True)):
         known.keep(options, given, call)
-    return placement.fill(call.run()[0], left, top, bottom)
+    return placement.fill(call.run()[0], beside, side)
 
 
 def _together_key(
@@ -247,10 +249,17 @@ def _together_key(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
     version: int = ops.VERSION,
 ) -> tuple[Options, Operands]:
     given = values, metadata, scale, *ts, *weights, *lora_ups, *biases, *gates, *residuals
-    return (*activations, version), given
+    if not sides:
+        return (*activations, version), given
+    places = [
+        (side, beside and (beside.shape, beside.dtype)) for beside, side in zip(besides, sides, strict=True)
+    ]
+    return (*activations, *places, version), given
 
 
 def _sparse_linears(
@@ -264,18 +273,23 @@ def _sparse_linears(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
     version: int = ops.VERSION,
 ) -> list[Tensor]:
     lists = ts, weights, lora_ups, biases, activations, gates, residuals
-    options, given = _together_key(values, metadata, scale, *lists, version)
-    call = _together_calls.find(options, given)
+    options, given = _together_key(values, metadata, scale, *lists, besides, sides, version)
+    known = _placed_together_calls if sides else _together_calls
+    call = known.find(options, given)
     if call is not None:
-        return list(call.run())
-    device = values.get_device()
+        return _filled(call.run(), besides, sides)
+    for i, weight in enumerate(weights if sides else ()):
+        ops.check_beside(values, weight.shape[0], *ops.parts(besides, sides, i))
+    prepare_all = _gemms(values.get_device(), values.dtype)
     empty = not values.shape[0] or not all(weight.shape[0] for weight in weights)
     unknown = not set(activations) <= set(semantics.ACTIVATIONS)
-    if _gemm(device, values.dtype) is None or version != ops.VERSION or empty or unknown:
-        return ops._sparse_linears(values, metadata, scale, *lists, version)
+    if prepare_all is None or version != ops.VERSION or empty or unknown:
+        return ops._sparse_linears(values, metadata, scale, *lists, besides, sides, version)
     layers, as_given = [], True
     for t, weight, up, bias, activation, gate, residual in zip(*lists, strict=True):
         one = values, metadata, scale, t, weight, up, bias, gate, residual
@@ -283,10 +297,21 @@ def _sparse_linears(
         as_given &= all(a is b for a, b in zip(checked, one, strict=True))
         *compressed, t, weight, up, bias, gate, residual = checked
         layers.append(operands.Layer(t, weight, up, bias, activation, gate, residual))
-    call = (gemm_sm90 if is_hopper(device) else gemm_mma).prepare_all(*compressed, layers)
+    if sides:
+        call = placement.prepare(prepare_all, compressed, layers, besides, sides)
+        if call is None:  # each alone may have one
+            return ops._sparse_linears(values, metadata, scale, *lists, besides, sides, version)
+    else:
+        call = prepare_all(*compressed, layers)
     if as_given:
-        _together_calls.keep(options, given, call)
-    return list(call.run())
+        known.keep(options, given, call)
+    return _filled(call.run(), besides, sides)
+
+
+def _filled(ys: Sequence[Tensor], besides: Sequence[Tensor | None], sides: Sequence[str]) -> list[Tensor]:
+    if not sides:
+        return list(ys)
+    return [placement.fill(*one) for one in zip(ys, besides, sides, strict=True)]
 
 
 def _rotary_key(

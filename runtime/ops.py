@@ -25,7 +25,8 @@ from torch import Tensor
 
 from . import dense, layout, semantics
 
-VERSION = 3
+VERSION = 4
+SIDES = ("left", "top", "bottom")  # where `sparse_linear` may have something beside y
 NAMESPACE = "rt_lynx"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -45,15 +46,15 @@ _library.define(
 _library.define(
     "sparse_linears(Tensor values, Tensor metadata, Tensor scale, Tensor[] ts, Tensor[] weights, "
     "Tensor?[] lora_ups, Tensor?[] biases, str[] activations, Tensor?[] gates, Tensor?[] residuals, "
-    f"int version={VERSION}) -> Tensor[]",
+    f"Tensor?[] besides, str[] sides, int version={VERSION}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
     "linears(str producer, Tensor?[] inputs, Tensor[] weights, int min_tokens, Tensor?[] biases, "
     "Tensor?[] dense_biases, Tensor?[] lora_ups, int[] columns, str[] activations, Tensor?[] gates, "
-    "Tensor?[] residuals, Tensor? lora_down=None, float eps=0.0, float mult_offset=0.0, "
-    "Tensor? shift=None, Tensor? score=None, str compensation='norm', int deflated=0, "
-    f"int version={VERSION}) -> Tensor[]",
+    "Tensor?[] residuals, Tensor?[] besides, str[] sides, Tensor? lora_down=None, float eps=0.0, "
+    "float mult_offset=0.0, Tensor? shift=None, Tensor? score=None, str compensation='norm', "
+    f"int deflated=0, int version={VERSION}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
 )
 _library.define(
@@ -192,7 +193,7 @@ def check_beside(
         if name == "left":
             if part.numel() != m * part.shape[-1]:
                 raise ValueError(f"sparse_linear: left has shape {tuple(part.shape)}; expected M = {m} rows")
-        elif part.dim() != 3 or part.shape[2] != n or m % max(part.shape[0], 1):
+        elif part.dim() != 3 or part.shape[2] != n or (m % part.shape[0] if part.shape[0] else m):
             raise ValueError(
                 f"sparse_linear: {name} has shape {tuple(part.shape)}; expected (S, T, N = {n}) with M = {m} "
                 "a multiple of S"
@@ -209,6 +210,27 @@ def placed(y: Tensor, left: Tensor | None, top: Tensor | None, bottom: Tensor | 
     samples, n = other.shape[0], y.shape[1]
     own = y.reshape(samples, y.shape[0] // max(samples, 1), n)
     return torch.cat([other, own] if bottom is None else [own, other], 1).flatten(0, 1)
+
+
+def parts(besides: Sequence[Tensor | None], sides: Sequence[str], layer: int) -> list[Tensor | None]:
+    """`left`, `top` and `bottom` of a layer among several.
+
+    besides, sides: what stands beside each layer, and on which of SIDES ("" for none); both empty where
+    nothing stands beside any.
+    """
+    return [besides[layer] if sides and sides[layer] == side else None for side in SIDES]
+
+
+def _placed_shape(
+    m: int, n: int, left: Tensor | None, top: Tensor | None, bottom: Tensor | None
+) -> tuple[int, int]:
+    """The shape of `placed`, by arithmetic on (symbolic) sizes alone."""
+    if left is not None:
+        n = n + left.shape[-1]
+    for rows in (top, bottom):
+        if rows is not None:
+            m = m + rows.shape[0] * rows.shape[1]
+    return m, n
 
 
 def _sparse_linear_fake(
@@ -228,13 +250,7 @@ def _sparse_linear_fake(
     version: int = VERSION,
 ) -> Tensor:
     _check_version(version)
-    m, n = values.shape[0], weight.shape[0]
-    if left is not None:
-        n = n + left.shape[-1]
-    for rows in (top, bottom):
-        if rows is not None:
-            m = m + rows.shape[0] * rows.shape[1]
-    return values.new_empty((m, n))
+    return values.new_empty(_placed_shape(values.shape[0], weight.shape[0], left, top, bottom))
 
 
 def _sparse_linears(
@@ -248,12 +264,17 @@ def _sparse_linears(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
     version: int = VERSION,
 ) -> list[Tensor]:
-    """`sparse_linear` of each layer."""
+    """`sparse_linear` of each layer. besides, sides: as `parts` takes them."""
     _check_version(version)
     layers = zip(ts, weights, lora_ups, biases, activations, gates, residuals, strict=True)
-    return [sparse_linear(values, metadata, scale, *layer) for layer in layers]
+    return [
+        sparse_linear(values, metadata, scale, *layer, *(parts(besides, sides, i) if sides else ()))
+        for i, layer in enumerate(layers)
+    ]
 
 
 def _sparse_linears_fake(
@@ -267,10 +288,15 @@ def _sparse_linears_fake(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
     version: int = VERSION,
 ) -> list[Tensor]:
     _check_version(version)
-    return [values.new_empty((values.shape[0], weight.shape[0])) for weight in weights]
+    return [
+        values.new_empty(_placed_shape(values.shape[0], weight.shape[0], *parts(besides, sides, i)))
+        for i, weight in enumerate(weights)
+    ]
 
 
 def _linears(
@@ -285,6 +311,8 @@ def _linears(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
     lora_down: Tensor | None = None,
     eps: float = 0.0,
     mult_offset: float = 0.0,
@@ -305,7 +333,7 @@ def _linears(
     m, _ = producer_shape(producer, inputs)
     if m < min_tokens:
         x = dense.produce(producer, inputs, eps, mult_offset)
-        return [
+        ys = [
             dense.linear(
                 x,
                 weight,
@@ -321,20 +349,20 @@ def _linears(
             )
             for i, weight in enumerate(weights)
         ]
+        return [placed(y, *parts(besides, sides, i)) for i, y in enumerate(ys)] if sides else ys
     values, metadata, scale, t = sparsify(
         producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated
     )
     ts = []
     for i in range(len(weights)):
-        parts = [(start, start + rank) for layer, start, rank, _ in branches if layer == i]
-        if not parts or parts == [(0, t.shape[1])]:
+        ranges = [(start, start + rank) for layer, start, rank, _ in branches if layer == i]
+        if not ranges or ranges == [(0, t.shape[1])]:
             ts.append(t)
         else:
-            slices = [t[:, start:end] for start, end in parts]
+            slices = [t[:, start:end] for start, end in ranges]
             ts.append(slices[0] if len(slices) == 1 else torch.cat(slices, 1))
-    return sparse_linears(
-        values, metadata, scale, ts, weights, lora_ups, biases, activations, gates, residuals
-    )
+    lists = ts, weights, lora_ups, biases, activations, gates, residuals
+    return sparse_linears(values, metadata, scale, *lists, besides, sides)
 
 
 def _user_branches(
@@ -362,6 +390,8 @@ def _linears_fake(
     activations: Sequence[str],
     gates: Sequence[Tensor | None],
     residuals: Sequence[Tensor | None],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
     lora_down: Tensor | None = None,
     eps: float = 0.0,
     mult_offset: float = 0.0,
@@ -375,7 +405,10 @@ def _linears_fake(
     x = inputs[0]
     assert x is not None
     m, _ = producer_shape(producer, inputs)
-    return [x.new_empty((m, weight.shape[0])) for weight in weights]
+    return [
+        x.new_empty(_placed_shape(m, weight.shape[0], *parts(besides, sides, i)))
+        for i, weight in enumerate(weights)
+    ]
 
 
 def _linear(

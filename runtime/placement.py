@@ -1,70 +1,94 @@
-"""`sparse_linear` into a part of a larger matrix: beside `left`, below `top` or above `bottom`."""
+"""Sparse layers into a part of a larger matrix: beside `left`, below `top` or above `bottom`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import add
 
 import torch
 from torch import Tensor
 
 from . import layout
 from .calls import Call, Launch
-from .operands import ALIGNMENT
+from .operands import ALIGNMENT, Layer
 
 _WIDE = torch.complex128
 
 
 def prepare(
-    prepare_gemm: Callable[..., Call],
-    layer: Sequence[Any],
-    left: Tensor | None,
-    top: Tensor | None,
-    bottom: Tensor | None,
+    prepare_all: Callable[..., Call],
+    compressed: Sequence[Tensor],
+    layers: Sequence[Layer],
+    besides: Sequence[Tensor | None],
+    sides: Sequence[str],
 ) -> Call | None:
-    """The call that writes y to its place in the whole; `fill` adds the rest. None where no kernel can.
+    """The call that writes each y to its place in its whole; `fill` adds the rest. None where no kernel can.
 
-    layer: checked arguments of `prepare_gemm`.
+    compressed, layers: checked, as `prepare_all` takes them. besides, sides: as in `ops.parts`; checked.
     """
-    values, metadata, scale, t, weight, lora_up, bias, activation, gate, residual = layer
-    (m, _), n, k = values.shape, weight.shape[0], weight.shape[1]
-    device, dtype = values.get_device(), values.dtype
-    if left is not None:
-        width = left.shape[-1]
-        if width * dtype.itemsize % ALIGNMENT:
-            return None
-        call = prepare_gemm(*layer, y_stride=width + n)
-        return Call(device, [((m, width + n), dtype)], _moved(call, width * dtype.itemsize), call.copies)
-    other = top if bottom is None else bottom
-    assert other is not None
-    samples, apart, _ = other.shape
-    rows, above = m // samples, apart if bottom is None else 0
-    if gate is not None or residual is not None or (samples > 1 and rows % layout.BLOCK_ROWS):
+    if "left" in sides:
+        (first, *others), left = layers, besides[0]
+        return None if others or left is None else _beside(prepare_all, compressed, first, left)
+    values, metadata, scale = compressed
+    (m, half), device, dtype = values.shape, values.get_device(), values.dtype
+    counts = {beside.shape[0] for beside in besides if beside is not None}
+    samples = counts.pop() if counts else 1
+    rows = m // samples
+    if counts or (samples > 1 and rows % layout.BLOCK_ROWS):
         return None
-    if bias is not None and bias.numel() not in (n, samples * n):
+    if any(layer.gate is not None or layer.residual is not None for layer in layers):
         return None
-    whole = [((samples * (apart + rows), n), dtype)]
-    blocks = metadata.view(-1, k // layout.BLOCK_COLUMNS, layout.WORDS).split(-(-rows // layout.BLOCK_ROWS))
-    biases = [bias] * samples if bias is None or bias.numel() == n else bias.reshape(samples, n).unbind(0)
-    parts = zip(values.split(rows), blocks, scale.split(rows), t.split(rows), biases, strict=True)
+    widths = [layer.weight.shape[0] for layer in layers]
+    vectors = [_each(layer.bias, samples, n) for layer, n in zip(layers, widths, strict=True)]
+    if not all(vectors):
+        return None
+    lengths = [rows if beside is None else rows + beside.shape[1] for beside in besides]
+    whole = [((samples * length, n), dtype) for length, n in zip(lengths, widths, strict=True)]
+    blocks = metadata.view(-1, 2 * half // layout.BLOCK_COLUMNS, layout.WORDS)
+    parts = zip(
+        values.split(rows), blocks.split(-(-rows // layout.BLOCK_ROWS)), scale.split(rows), strict=True
+    )
     launches: list[Launch] = []
-    for sample, (*compressed, part_t, part_bias) in enumerate(parts):
-        call = prepare_gemm(*compressed, part_t, weight, lora_up, part_bias, activation, None, None)
-        offset = (sample * (apart + rows) + above) * n * dtype.itemsize
-        launches += _moved(call, offset)
+    for sample, part in enumerate(parts):
+        own = slice(sample * rows, (sample + 1) * rows)
+        offsets, of_sample = [], []
+        for layer, biases, side, length, n in zip(layers, vectors, sides, lengths, widths, strict=True):
+            above = length - rows if side == "top" else 0
+            offsets.append((sample * length + above) * n * dtype.itemsize)
+            of_sample.append(layer._replace(t=layer.t[own], bias=biases[sample]))
+        launches += _moved(prepare_all(*part, of_sample), offsets)
     return Call(device, whole, launches)
 
 
-def fill(y: Tensor, left: Tensor | None, top: Tensor | None, bottom: Tensor | None) -> Tensor:
-    """y with `left`, `top` or `bottom` in its place; y itself without any."""
-    if left is not None:
-        width = left.shape[-1]
-        _copy(y[:, :width], left.reshape(y.shape[0], width))
-    elif top is not None:
-        _copy(y.unflatten(0, (top.shape[0], -1))[:, : top.shape[1]], top)
-    elif bottom is not None:
-        whole = y.unflatten(0, (bottom.shape[0], -1))
-        _copy(whole[:, whole.shape[1] - bottom.shape[1] :], bottom)
+def _beside(
+    prepare_all: Callable[..., Call], compressed: Sequence[Tensor], layer: Layer, left: Tensor
+) -> Call | None:
+    values, width, n = compressed[0], left.shape[-1], layer.weight.shape[0]
+    m, dtype = values.shape[0], values.dtype
+    if width * dtype.itemsize % ALIGNMENT:
+        return None
+    call = prepare_all(*compressed, [layer], y_stride=width + n)
+    launches = _moved(call, [width * dtype.itemsize])
+    return Call(values.get_device(), [((m, width + n), dtype)], launches, call.copies)
+
+
+def _each(bias: Tensor | None, samples: int, n: int) -> Sequence[Tensor | None]:
+    """The bias of each sample; empty where it has other samples."""
+    if bias is None or bias.numel() == n:
+        return [bias] * samples
+    return bias.reshape(samples, n).unbind(0) if bias.numel() == samples * n else []
+
+
+def fill(y: Tensor, beside: Tensor | None, side: str) -> Tensor:
+    """y with `beside` in its place on that side; y itself without one."""
+    if beside is None:
+        return y
+    if side == "left":
+        width = beside.shape[-1]
+        _copy(y[:, :width], beside.reshape(y.shape[0], width))
+        return y
+    whole, apart = y.unflatten(0, (beside.shape[0], -1)), beside.shape[1]
+    _copy(whole[:, :apart] if side == "top" else whole[:, whole.shape[1] - apart :], beside)
     return y
 
 
@@ -83,10 +107,10 @@ def _is_wide(part: Tensor) -> bool:
     return aligned and step == 1 and part.data_ptr() % _WIDE.itemsize == 0
 
 
-def _moved(call: Call, offset: int) -> list[Launch]:
-    """The call's launches with their one output `offset` bytes into another."""
-    return [launch._replace(outputs=_after(launch.outputs, offset)) for launch in call.launches]
+def _moved(call: Call, offsets: Sequence[int]) -> list[Launch]:
+    """The call's launches with each of its outputs so many bytes into another."""
+    return [launch._replace(outputs=_after(launch.outputs, offsets)) for launch in call.launches]
 
 
-def _after(encode: Callable[..., bytes], offset: int) -> Callable[..., bytes]:
-    return lambda address: encode(address + offset)
+def _after(encode: Callable[..., bytes], offsets: Sequence[int]) -> Callable[..., bytes]:
+    return lambda *addresses: encode(*map(add, addresses, offsets))

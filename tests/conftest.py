@@ -12,10 +12,12 @@ def driver(request, monkeypatch):
     """The ops' CUDA implementations on CPU tensors: device -1 instead of 0."""
     driver = Driver()
     pretend(monkeypatch, driver)
-    monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: request.param.prepare)
+    monkeypatch.setattr(kernels, "_gemms", lambda device, dtype: request.param.prepare_all)
     monkeypatch.setattr(kernels, "_sparsify_calls", calls.Known())
     monkeypatch.setattr(kernels, "_linear_calls", calls.Known())
+    monkeypatch.setattr(kernels, "_placed_calls", calls.Known())
     monkeypatch.setattr(kernels, "_together_calls", calls.Known())
+    monkeypatch.setattr(kernels, "_placed_together_calls", calls.Known())
     launch.tensor_map.cache_clear()
     yield driver
     launch.tensor_map.cache_clear()
@@ -27,12 +29,13 @@ def prepared(monkeypatch):
     """Names of the ops whose operands were checked, one for each time."""
     found = []
 
-    def spy(module, name):
-        original = module.prepare
+    def spy(module, function, name):
+        original = getattr(module, function)
         monkeypatch.setattr(
-            module, "prepare", lambda *args, **kwargs: (found.append(name), original(*args, **kwargs))[1]
+            module, function, lambda *args, **kwargs: (found.append(name), original(*args, **kwargs))[1]
         )
 
-    for module, name in ((sparsify_kernel, "sparsify"), (gemm_sm90, "linear"), (gemm_mma, "linear")):
-        spy(module, name)
+    spy(sparsify_kernel, "prepare", "sparsify")
+    for module in (gemm_sm90, gemm_mma):
+        spy(module, "prepare_all", "linear")
     return found

@@ -88,7 +88,9 @@ def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, t
         return None if tensor is None else torch.zeros(*shape, dtype=torch.bfloat16)
 
     monkeypatch.setattr(
-        kernels, "_gemm", lambda device, dtype: gemm_mma.prepare if portable else gemm_sm90.prepare
+        kernels,
+        "_gemms",
+        lambda device, dtype: gemm_mma.prepare_all if portable else gemm_sm90.prepare_all,
     )
     made = kernels._sparsify("gelu", [launched(x)], launched(down))
     for weight, (activation, *rest) in zip(weights, layers, strict=True):

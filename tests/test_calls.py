@@ -123,7 +123,7 @@ def test_layers_of_one_input_are_checked_once(driver, monkeypatch):
     original = operands.checked
     monkeypatch.setattr(operands, "checked", lambda *args: (checked.append(args), original(*args))[1])
     *compressed, t = layer.sparsify()
-    lists = [t] * 3, weights, ups, [layer.bias, None, None], ["none"] * 3, [None] * 3, [None] * 3
+    lists = [t] * 3, weights, ups, [layer.bias, None, None], ["none"] * 3, [None] * 3, [None] * 3, [], []
     results = [kernels._sparse_linears(*compressed, *lists) for _ in range(3)]
     assert len(checked) == 3
     assert [[y.shape for y in ys] for ys in results] == [[(M, n) for n in (N, 2 * N, 4 * N)]] * 3

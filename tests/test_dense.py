@@ -105,3 +105,21 @@ def test_uneven_samples_are_refused(samples):
 def test_unknown_producers_are_refused():
     with pytest.raises(ValueError, match="gellu"):
         dense.produce("gellu", [normal(M, K), normal(M, K)], 1e-6, 1.0)
+
+
+@pytest.mark.parametrize("rows", [(2, 0), (0, 3)])
+def test_no_rows_have_no_modulation(rows):
+    """Neither one a sample, nor one a token, of which there are none."""
+    x = normal(*rows, K)
+    for mult in (normal(rows[0], 1, K), normal(*rows, K)):
+        assert dense.produce("layer_norm", [x, None, None, mult, mult], 1e-6, 1.0).shape == (0, K)
+        assert dense.linear(x.reshape(0, K), normal(K, K), gate=mult).shape == (0, K)
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1), (2, M), (M, 2), (M, 1)])
+def test_modulations_of_different_samples(counts):
+    """One row a token beside one a sample, say."""
+    mult, add = (normal(n, K, dtype=torch.float64) for n in counts)
+    x = normal(M, K, dtype=torch.float64)
+    rows = [t.repeat_interleave(M // len(t), 0) for t in (mult, add)]
+    torch.testing.assert_close(dense.scaled(x, mult, add), x * rows[0] + rows[1])

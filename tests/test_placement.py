@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lynx_compile.runtime import gemm_mma, kernels, ops, placement, semantics
+from lynx_compile.runtime import kernels, ops, placement, semantics
 from lynx_compile.runtime.calls import Call, Launch, pointers
+from lynx_compile.runtime.operands import Layer
 
 from . import stand_in
 
@@ -16,38 +17,44 @@ K = 128
 
 
 class Gemm:
-    """Stands for a kernel: computes y and writes its rows `stride` elements apart."""
+    """Stands for a kernel: computes y of each layer and writes its rows `stride` elements apart."""
 
-    def __init__(self, arguments, stride):
-        self.arguments, self.stride = arguments, stride
+    def __init__(self, compressed, layers, stride):
+        self.compressed, self.layers, self.stride = compressed, layers, stride
 
     def launch(self, device, grid, packed, outputs):
-        values, metadata, scale, t, weight, up, bias, activation, gate, residual = self.arguments
-        y = ops._sparse_linear_reference(
-            values, metadata, scale, t, weight, up, bias, activation, gate, residual
-        )
-        (address,) = struct.unpack("=Q", outputs)
-        step = (self.stride or y.shape[1]) * y.element_size()
-        for i, row in enumerate(y):
-            ctypes.memmove(address + i * step, row.data_ptr(), row.nbytes)
+        addresses = struct.unpack(f"={len(self.layers)}Q", outputs)
+        for layer, address in zip(self.layers, addresses, strict=True):
+            y = ops._sparse_linear_reference(*self.compressed, *layer)
+            step = (self.stride or y.shape[1]) * y.element_size()
+            for i, row in enumerate(y):
+                ctypes.memmove(address + i * step, row.data_ptr(), row.nbytes)
 
 
-def prepare_gemm(*layer, y_stride=0):
-    m, n = layer[0].shape[0], layer[4].shape[0]
-    launch = Launch(Gemm(layer, y_stride), (1, 1, 1), b"", pointers(1))
-    return Call(-1, [((m, n), layer[0].dtype)], [launch])
+def prepare_all(values, metadata, scale, layers, *, y_stride=0):
+    launch = Launch(Gemm((values, metadata, scale), layers, y_stride), (1, 1, 1), b"", pointers(len(layers)))
+    outputs = [((values.shape[0], layer.weight.shape[0]), values.dtype) for layer in layers]
+    return Call(-1, outputs, [launch])
 
 
-def placed(layer, left=None, top=None, bottom=None):
-    """The whole as the call's launches and `fill` write it; None where there is no call."""
-    call = placement.prepare(prepare_gemm, layer, left, top, bottom)
+def together(arguments, besides, sides):
+    """The wholes of layers as the call's launches and `fill` write them; None where there is no call."""
+    compressed, layers = arguments[0][:3], [Layer(*one[3:]) for one in arguments]
+    call = placement.prepare(prepare_all, compressed, layers, besides, sides)
     if call is None:
         return None
-    ((shape, _, dtype),) = call.outputs
-    y = torch.full(shape, torch.nan, dtype=dtype)
+    wholes = [torch.full(shape, torch.nan, dtype=dtype) for shape, _, dtype in call.outputs]
     for launch in call.launches:
-        launch.kernel.launch(0, launch.grid, launch.packed, launch.outputs(y.data_ptr()))
-    return placement.fill(y, left, top, bottom)
+        addresses = [whole.data_ptr() for whole in wholes]
+        launch.kernel.launch(0, launch.grid, launch.packed, launch.outputs(*addresses))
+    return [placement.fill(*one) for one in zip(wholes, besides, sides, strict=True)]
+
+
+def placed(layer, **beside):
+    """The whole of one layer; None where there is no call."""
+    ((side, part),) = beside.items()
+    wholes = together([layer], [part], [side])
+    return None if wholes is None else wholes[0]
 
 
 def layer(m, n, rank=16, samples=1, **tail):
@@ -102,6 +109,39 @@ def test_what_cannot_be_below_or_above_has_no_call(arguments, side):
     assert placed(arguments, **{side: torch.randn(2, 4, 48)}) is None
 
 
+@pytest.mark.parametrize(("samples", "rows"), [(1, 77), (2, 64), (3, 128)])
+@pytest.mark.parametrize("own_bias", [False, True])
+def test_layers_with_other_rows_on_either_side_or_none(samples, rows, own_bias):
+    """One call for each sample, whatever each layer has around it, with a t and a width of its own."""
+    m, count = samples * rows, samples if own_bias else 1
+    first = layer(m, 48, samples=count)
+    others = [
+        (*first[:3], *layer(m, n, rank, samples=count)[3:]) for n, rank in ((32, 0), (48, 16), (16, 16))
+    ]
+    arguments, sides = [first, *others], ["top", "bottom", "", "top"]
+    besides = [torch.randn(samples, 5, 48), torch.randn(samples, 0, 32), None, torch.randn(samples, 9, 16)]
+    got = together(arguments, besides, sides)
+    want = [
+        expected(one, **({side: beside} if side else {}))
+        for one, beside, side in zip(arguments, besides, sides, strict=True)
+    ]
+    for y, by_itself in zip(got, want, strict=True):
+        torch.testing.assert_close(y, by_itself)
+    calls = zip(*[one[3:] for one in arguments], strict=True)
+    for y, by_op in zip(got, ops._sparse_linears(*first[:3], *calls, besides, sides), strict=True):
+        torch.testing.assert_close(y, by_op)
+
+
+def test_layers_that_cannot_share_a_call():
+    one, two = layer(128, 48), layer(128, 48)
+    rows = [torch.randn(samples, 4, 48) for samples in (1, 2)]
+    assert together([one, two], rows, ["top", "top"]) is None  # of other samples
+    assert together([one, two], [torch.randn(128, 8), None], ["left", ""]) is None
+    assert together([layer(128, 48, gate=True), two], [None, rows[0]], ["", "top"]) is None
+    for y, want in zip(together([one, two], [None, None], ["", ""]), (one, two), strict=True):
+        torch.testing.assert_close(y, expected(want))
+
+
 def test_the_reference_is_a_concatenation():
     arguments = layer(128, 48)
     y = semantics.sparse_linear(
@@ -124,6 +164,7 @@ def test_the_reference_is_a_concatenation():
         ({"left": torch.zeros(95, 8).bfloat16()}, ValueError, r"left has shape \(95, 8\); expected M = 96"),
         ({"top": torch.zeros(2, 3, 30).bfloat16()}, ValueError, r"top has shape \(2, 3, 30\)"),
         ({"top": torch.zeros(5, 3, 32).bfloat16()}, ValueError, "a multiple of S"),
+        ({"top": torch.zeros(0, 3, 32).bfloat16()}, ValueError, "a multiple of S"),
         ({"top": torch.zeros(3, 32).bfloat16()}, ValueError, r"expected \(S, T, N = 32\)"),
         ({"bottom": torch.zeros(2, 3, 30).bfloat16()}, ValueError, r"bottom has shape \(2, 3, 30\)"),
         (
@@ -158,12 +199,12 @@ def test_a_part_of_another_dtype_is_refused_also_after_a_right_one(driver, side)
 
 def test_a_call_is_remembered_for_its_own_side(driver, monkeypatch):
     operands, prepare, made = stand_in.Operands(), placement.prepare, []
-    monkeypatch.setattr(placement, "prepare", lambda *given: made.append(given[2:]) or prepare(*given))
+    monkeypatch.setattr(placement, "prepare", lambda *given: made.append(given[3:]) or prepare(*given))
     compressed, part = operands.sparsify(), torch.zeros(1, 96, 32).bfloat16()  # fits on every side
     for _ in range(2):
         for side in ("left", "top", "bottom"):
             operands.linear(compressed, residual=None, gate=None, **{side: part})
-    assert made == [(part, None, None), (None, part, None), (None, None, part)]
+    assert made == [([part], [side]) for side in ("left", "top", "bottom")]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +221,8 @@ def test_nothing_beside_or_below(rows, left, top, below):
 
 def test_nothing_is_filled_in():
     y = torch.randn(4, 48)
-    assert torch.equal(placement.fill(y.clone(), torch.randn(4, 0), None, None), y)
+    assert torch.equal(placement.fill(y.clone(), torch.randn(4, 0), "left"), y)
+    assert placement.fill(y, None, "") is y
 
 
 def test_layers_together_are_checked_once_and_remembered(monkeypatch):
@@ -193,19 +235,19 @@ def test_layers_together_are_checked_once_and_remembered(monkeypatch):
         ]
         return SimpleNamespace(run=run, copies=())
 
-    monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: prepare_gemm)
-    monkeypatch.setattr(kernels, "is_hopper", lambda device: False)
-    monkeypatch.setattr(gemm_mma, "prepare_all", prepare_all)
+    monkeypatch.setattr(kernels, "_gemms", lambda device, dtype: prepare_all)
     *compressed, t, weight, up, bias, activation, _, _ = layer(64, 48)
     compressed[2] = compressed[2].float()
     _, _, _, other_t, other_weight, *_ = layer(64, 96, 0)
     lists = [t, other_t], [weight, other_weight], [up, None], [bias, None], [activation, "none"]
     none = [None, None]
     for _ in range(2):
-        got = kernels._sparse_linears(*compressed, *lists, none, none)
-        want = ops._sparse_linears(*compressed, *lists, none, none)
+        got = kernels._sparse_linears(*compressed, *lists, none, none, [], [])
+        want = ops._sparse_linears(*compressed, *lists, none, none, [], [])
         for y, expected_y in zip(got, want, strict=True):
             assert torch.equal(y, expected_y)
     assert [len(layers) for layers in made] == [2]  # the second call was one that came before
     with pytest.raises(ValueError, match="weight"):
-        kernels._sparse_linears(*compressed, [t], [weight[:, :64]], [up], [bias], ["none"], [None], [None])
+        kernels._sparse_linears(
+            *compressed, [t], [weight[:, :64]], [up], [bias], ["none"], [None], [None], [], []
+        )

@@ -121,7 +121,7 @@ def test_proxies_leave_nothing_but_the_op():
     ops.sparse_linear(*layer, left=left)
     ops.sparse_linear(*layer, top=top)
     ops.sparse_linear(*layer, bottom=top)
-    ops.sparse_linears(*layer[:3], layer[3:4], layer[4:5], [None], [None], ["none"], [None], [None])
+    ops.sparse_linears(*layer[:3], layer[3:4], layer[4:5], [None], [None], ["none"], [None], [None], [], [])
     called = [node.target for node in graph.nodes if node.op != "placeholder"]
     assert called == [ops.sparsify, *[ops.sparse_linear] * 4, ops.sparse_linears]
 
@@ -216,7 +216,17 @@ def test_an_op_made_of_others_passes_its_dispatcher(monkeypatch, least):
     layer = Operands()
     through, reached = ops.linears._op.through, []
     monkeypatch.setattr(ops.linears._op, "through", lambda *a, **k: (reached.append(1), through(*a, **k))[1])
-    lists = [layer.bias], [layer.bias], [layer.up], [0, 0, RANK, 1], ["silu"], [layer.gate], [layer.residual]
+    lists = (
+        [layer.bias],
+        [layer.bias],
+        [layer.up],
+        [0, 0, RANK, 1],
+        ["silu"],
+        [layer.gate],
+        [layer.residual],
+        [],
+        [],
+    )
 
     def call(x=layer.x):
         return ops.linears("identity", [x], [layer.weight], least, *lists, layer.down)

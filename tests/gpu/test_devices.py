@@ -106,7 +106,7 @@ def test_all_kernels_on_the_last_device(monkeypatch):
         layer = Layer(device=device, rank=64)
         yield from ops.sparsify("layer_norm", [layer.x, None, None, None, None], layer.down, 1e-6)
         yield from ops.sparsify("identity", [layer.x], layer.down, deflated=64)
-        monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: gemm_mma.prepare)
+        monkeypatch.setattr(kernels, "_gemms", lambda device, dtype: gemm_mma.prepare_all)
         yield layer()
         monkeypatch.undo()
 

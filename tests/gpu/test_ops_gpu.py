@@ -71,7 +71,7 @@ def close(y, expected):
 def test_kernels_exist_here():
     for dtype in kernels.DTYPES:
         assert kernels.unavailable_reason(torch.device("cuda"), dtype) is None
-        assert kernels._gemm(0, dtype) is not None
+        assert kernels._gemms(0, dtype) is not None
     assert "torch.float32" in kernels.unavailable_reason(torch.device("cuda"), torch.float32)
 
 
@@ -94,7 +94,7 @@ def test_gemm_op_within_rounding():
 @pytest.mark.parametrize("m", [1, 200])
 def test_t_may_be_columns_of_a_wider_one(m, portable, monkeypatch):
     if portable:
-        monkeypatch.setattr(kernels, "_gemm", lambda device, dtype: gemm_mma.prepare)
+        monkeypatch.setattr(kernels, "_gemms", lambda device, dtype: gemm_mma.prepare_all)
     layer = Layer(m=m, rank=32)
     *compressed, t = ops.sparsify("identity", [layer.x], lora_down=layer.down.repeat(3, 1))
     expected = ops.sparse_linear(*compressed, t[:, 32:64].contiguous(), layer.weight, lora_up=layer.up)

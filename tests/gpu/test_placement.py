@@ -81,7 +81,50 @@ def test_together_is_each_alone(m, sizes, shared):
     activations = ["none"] * (len(sizes) - 1) + ["gelu_tanh"]
     none = [None] * len(sizes)
     for _ in range(2):
-        got = ops.sparse_linears(*compressed, ts, weights, ups, biases, activations, none, none)
+        got = ops.sparse_linears(*compressed, ts, weights, ups, biases, activations, none, none, [], [])
         for y, own_t, (weight, up, bias), activation in zip(got, ts, layers, activations, strict=True):
             want = ops.sparse_linear(*compressed, own_t, weight, lora_up=up, bias=bias, activation=activation)
             close(y, want)
+
+
+@pytest.mark.parametrize(("samples", "rows"), [(1, 77), (1, 4096), (2, 1024), (2, 70)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_together_beside_rows_is_each_alone(samples, rows, dtype):
+    """Rows above, below and none in one call; with samples of 70 rows that cannot be, and each is alone."""
+    m, sizes = samples * rows, (320, 320, 3072, 64)
+    x, down = normal(0, m, K, dtype=dtype), normal(1, 32, K, dtype=dtype) / 16
+    *compressed, t = ops.sparsify("identity", [x], lora_down=down)
+    layers = [layer(n, 32, 10 * i, dtype) for i, n in enumerate(sizes)]
+    weights, ups, biases = map(list, zip(*layers, strict=True))
+    sides, others = ["top", "bottom", "", "top"], [40, 8, 0, 1]
+    besides = [
+        normal(50 + i, samples, count, n, dtype=dtype) if count else None
+        for i, (n, count) in enumerate(zip(sizes, others, strict=True))
+    ]
+    none, ts = [None] * len(sizes), [t] * len(sizes)
+    for _ in range(2):
+        got = ops.sparse_linears(
+            *compressed, ts, weights, ups, biases, ["gelu"] * 4, none, none, besides, sides
+        )
+        for i, (y, (weight, up, bias)) in enumerate(zip(got, layers, strict=True)):
+            alone = ops.sparse_linear(*compressed, t, weight, lora_up=up, bias=bias, activation="gelu")
+            want = ops.placed(alone, *ops.parts(besides, sides, i))
+            assert y.shape == want.shape
+            close(y, want)
+            if besides[i] is not None:
+                whole = y.view(samples, -1, sizes[i])
+                end = slice(others[i]) if sides[i] == "top" else slice(rows, None)
+                assert torch.equal(whole[:, end], besides[i])
+
+
+@pytest.mark.parametrize("least", [0, 9999])
+@pytest.mark.parametrize("side", ["left", "top", "bottom"])
+def test_what_chooses_at_run_time_has_its_place_too(least, side):
+    m, n = 1024, 320
+    x = normal(0, m, K)
+    weight, _, bias = layer(n, 0, 2)
+    beside = normal(9, m, 64) if side == "left" else normal(9, 1, 40, n)
+    lists = [bias], [bias], [None], [], ["gelu"], [None], [None]
+    (got,) = ops.linears("identity", [x], [weight], least, *lists, [beside], [side])
+    alone = ops.linears("identity", [x], [weight], least, *lists, [], [])[0]
+    assert torch.equal(got, ops.placed(alone, *ops.parts([beside], [side], 0)))

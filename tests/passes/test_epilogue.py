@@ -5,7 +5,7 @@ from torch import nn
 
 from lynx_compile.passes.epilogue import fold_epilogues
 
-from .graphs import check_fusion, function
+from .graphs import check_fusion, function, sparsified
 
 G = torch.Generator().manual_seed(0)
 X, GATE = torch.randn(2, 5, 64, generator=G), torch.randn(2, 64, generator=G)
@@ -162,3 +162,20 @@ def test_concatenations_left_alone(forward, other):
         {"sparse_linear": 1, "cat": 1},
         0,
     )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_nothing_more_folds_into_a_layer_with_rows_around_it(first):
+    """A second pass over the graph: the activation is one of all rows, not of the layer's."""
+
+    def forward(m, x, y):
+        parts = [m.q(x), y] if first else [y, m.q(x)]
+        return torch.relu(torch.cat(parts, 1))
+
+    x, y = (torch.randn(2, n, 64, dtype=torch.float64) for n in (5, 3))
+    gm = sparsified(function(forward, q=nn.Linear(64, 64)).double().requires_grad_(False), x, y)
+    want = gm(x, y)
+    assert (fold_epilogues(gm.graph), fold_epilogues(gm.graph)) == (1, 0)
+    gm.graph.lint()
+    gm.recompile()
+    torch.testing.assert_close(gm(x, y), want)

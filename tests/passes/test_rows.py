@@ -12,7 +12,7 @@ from lynx_compile import attach, compile_blocks, passes
 from lynx_compile.calibration import emulate
 from lynx_compile.calibration.text_rows import text_rows_of
 from lynx_compile.profile import Branch
-from lynx_compile.runtime import semantics
+from lynx_compile.runtime import ops, semantics
 from tests import zoo
 
 from .graphs import function, ops_of, traced
@@ -46,23 +46,36 @@ def test_tokens_of_one_end_are_dense_and_the_rest_shares_a_sparsify(tokens):
         torch.testing.assert_close(y[:, others].reshape(rest.shape), rest)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(-9, 9).filter(bool), st.integers(1, 3), st.integers(1, 8), st.booleans())
-def test_any_number_of_tokens_at_either_end(tokens, samples, length, produced):
-    """Also more than a sample has, which leaves nothing to be sparse."""
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(-9, 9).filter(bool),
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from((0, 4, 99)),
+)
+def test_any_number_of_tokens_at_either_end(tokens, samples, length, produced, least):
+    """Also more than a sample has, which leaves nothing to be sparse; also where the run time chooses."""
     layer = attach(nn.Linear(64, 32).double().requires_grad_(False), decision="sparse", dense_tokens=tokens)
     x = torch.randn(samples, length, 64, dtype=torch.float64)
     gm = traced(function(lambda m, x: m.q(F.gelu(x) if produced else x), q=layer), x)
-    passes.sparsify_linears(gm.graph, passes.split_rows(gm.graph, passes.find_linears(gm.graph)))
+    (linear,) = passes.find_linears(gm.graph)
+    linear.min_tokens = least
+    passes.sparsify_linears(gm.graph, passes.split_rows(gm.graph, [linear]))
     for fuse in passes.FUSIONS:
         fuse(gm.graph)
     gm.graph.lint()
     gm.recompile()
+    assert (ops_of(gm)["linears"], ops_of(gm)["cat"]) == (least > 1, 0)
     made = F.gelu(x) if produced else x
     text, others = semantics.split_tokens(made, tokens)
     s = semantics.sparsify(others.reshape(-1, 64))
     rest = semantics.sparse_linear(s.pruned, s.scale, s.t, layer.weight, bias=layer.bias)
-    want = semantics.join_tokens(F.linear(text, layer.weight, layer.bias), rest.view(samples, -1, 32), tokens)
+    if others.shape[0] * others.shape[1] < least:
+        rest = F.linear(others, layer.weight, layer.bias)
+    want = semantics.join_tokens(
+        F.linear(text, layer.weight, layer.bias), rest.reshape(samples, others.shape[1], 32), tokens
+    )
     torch.testing.assert_close(gm(x), want)
 
 
@@ -142,12 +155,9 @@ def test_what_makes_the_input_folds_all_the_same(producer, name, tokens):
     gm.graph.lint()
     gm.recompile()
     counts = ops_of(gm)
-    assert (counts[f"sparsify:{name}"], counts["linear"], counts["sparse_linear"]) == (1, 2, 2)
-    assert [
-        (node.kwargs.get("top") is not None, node.kwargs.get("bottom") is not None)
-        for node in gm.graph.nodes
-        if "sparse_linear" in str(node.target)
-    ] == [(tokens > 0, tokens < 0)] * 2
+    assert (counts[f"sparsify:{name}"], counts["linear"], counts["cat"]) == (1, 2, 1 + name.startswith("cat"))
+    (together,) = [node for node in gm.graph.nodes if node.target is ops.sparse_linears]
+    assert together.args[-1] == ["top" if tokens > 0 else "bottom"] * 2
     torch.testing.assert_close(gm(X, c), before)
     torch.testing.assert_close(before[:, end], want)
     dense = torch.cat([layer(producer(None, X, c)) for layer in (q, k)], 2)
