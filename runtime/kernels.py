@@ -256,10 +256,8 @@ def _together_key(
     given = values, metadata, scale, *ts, *weights, *lora_ups, *biases, *gates, *residuals
     if not sides:
         return (*activations, version), given
-    places = [
-        (side, beside and (beside.shape, beside.dtype)) for beside, side in zip(besides, sides, strict=True)
-    ]
-    return (*activations, *places, version), given
+    sizes = [None if beside is None else (beside.shape, beside.dtype) for beside in besides]
+    return (*activations, *sides, *sizes, version), given
 
 
 def _sparse_linears(

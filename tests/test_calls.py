@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from lynx_compile.runtime import calls, kernels, launch, operands, sparsify_kernel
+from lynx_compile.runtime import calls, kernels, launch, operands, ops, sparsify_kernel
 
 from .stand_in import RANK, K, M, N, Operands, normal, parameters, pointers
 
@@ -292,3 +292,55 @@ def test_a_launch_that_fails_says_which(driver, monkeypatch):
         monkeypatch.setattr(frame, "call", lambda *arguments: 700)
     with pytest.raises(launch.LaunchError, match=r"launching sparsify .*grid \(\d+, 1, 1\).*error 700"):
         layer.sparsify()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_layers_beside_rows_share_a_call_that_is_remembered(driver, monkeypatch, samples):
+    layer, widths, sides, others = Operands(m=128), (N, 2 * N, 4 * N), ["top", "", "bottom"], (5, 0, 3)
+    checked = []
+    original = operands.checked
+    monkeypatch.setattr(operands, "checked", lambda *args: (checked.append(args), original(*args))[1])
+    *compressed, t = layer.sparsify()
+    weights, ups = ([normal(n, k) for n in widths] for k in (K, RANK))
+    lists = [t] * 3, weights, ups, [layer.bias, None, None], ["none"] * 3, [None] * 3, [None] * 3
+    besides = [normal(samples, count, n) if count else None for count, n in zip(others, widths, strict=True)]
+    for _ in range(2):
+        driver.launches.clear()
+        ys = kernels._sparse_linears(*compressed, *lists, besides, sides)
+        assert [tuple(y.shape) for y in ys] == [
+            (128 + samples * count, n) for count, n in zip(others, widths, strict=True)
+        ]
+        first, _, last = (y.view(samples, -1, n) for y, n in zip(ys, widths, strict=True))
+        assert torch.equal(first[:, :5], besides[0])
+        assert torch.equal(last[:, -3:], besides[2])
+        rows = 128 // samples
+        written = {pointer for launched in driver.launches for pointer in parameters(launched)}
+        for sample in range(samples):
+            for y, above, count, n in zip(ys, (5, 0, 0), others, widths, strict=True):
+                assert y.data_ptr() + (sample * (rows + count) + above) * n * 2 in written
+        assert len(checked) == 3
+    longer = [normal(samples, 6, N), *besides[1:]]
+    assert kernels._sparse_linears(*compressed, *lists, longer, sides)[0].shape[0] == 128 + 6 * samples
+    moved = kernels._sparse_linears(*compressed, *lists, besides, ["bottom", "", "top"])
+    assert torch.equal(moved[0].view(samples, -1, N)[:, -5:], besides[0])
+    assert len(kernels._sparse_linears(*compressed, *lists, [], [])) == 3
+    with pytest.raises(TypeError, match=r"top is torch.float32"):
+        kernels._sparse_linears(*compressed, *lists, [besides[0].float(), *besides[1:]], sides)
+    with pytest.raises(ValueError, match=r"bottom has shape"):
+        kernels._sparse_linears(*compressed, *lists, [*besides[:2], normal(samples, 3, N)], sides)
+
+
+@pytest.mark.parametrize("side", ["left", "top", "bottom"])
+def test_a_layer_that_chooses_writes_to_its_place(driver, monkeypatch, side):
+    layer, beside = Operands(m=128), normal(128, 8) if side == "left" else normal(2, 5, N)
+    for name in ("sparsify", "sparse_linear", "sparse_linears"):
+        monkeypatch.setattr(ops, name, getattr(kernels, f"_{name}"))
+    own, none = [[one] for one in (layer.bias, layer.bias, layer.up)], [None]
+    lists = *own, [0, 0, RANK, 1], ["silu"], none, none, [beside], [side]
+    for least in (0, 129):
+        (y,) = ops._linears("identity", [layer.x], [layer.weight], least, *lists, layer.down)
+        whole = ops.placed(y.new_zeros(128, N), *ops.parts([beside], [side], 0))
+        assert y.shape == whole.shape
+        filled = whole != 0
+        assert torch.equal(y[filled], whole[filled])
+    assert len(driver.launches) == (2 if side == "left" else 3)  # 64 rows a sample: a launch for each
