@@ -64,9 +64,12 @@ def by_definition(drawn: Drawn, dense: frozenset[str] = frozenset()) -> tuple[An
         layer = node.meta.get("layer")
         if layer is None or layer.name not in drawn.chosen or layer.name in dense:
             return NotImplemented
-        return _sparse_layer(
-            {part: values[source] for part, source in layer.parts.items()}, drawn.compensation
-        )
+        parts = {part: values[source] for part, source in layer.parts.items()}
+        y = _sparse_layer(parts, drawn.compensation)
+        if not layer.dense_tokens or y.dim() != 3:
+            return y
+        whole = parts["x"], parts["weight"], parts.get("bias"), layer.dense_tokens
+        return semantics.with_dense_tokens(y, *whole)
 
     inputs = drawn.fresh_inputs()
     return run(drawn.graph, inputs, call), inputs
@@ -82,7 +85,7 @@ def rewritten(drawn: Drawn, fusions: Sequence[Callable[[fx.Graph], int]] = passe
     drawn.chosen = {linear.name for linear in linears}
     for linear in linears:
         linear.min_tokens = 0 if linear.name in drawn.always else drawn.min_tokens
-    passes.sparsify_linears(graph, linears, drawn.compensation)
+    passes.sparsify_linears(graph, passes.split_rows(graph, linears), drawn.compensation)
     for fuse in fusions:
         fuse(graph)
     passes.lower_markers(graph)

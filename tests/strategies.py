@@ -31,10 +31,14 @@ ACTIVATIONS: tuple[tuple[Callable[..., Tensor], dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class _Layer:
-    """A linear layer as it was drawn: its name and the nodes it reads, whatever its spelling."""
+    """A linear layer as it was drawn: its name and the nodes it reads, whatever its spelling.
+
+    dense_tokens: of each sample, as `ops.linear` takes them.
+    """
 
     name: str
     parts: dict[str, fx.Node]
+    dense_tokens: int = 0
 
 
 def random_graph(draw: Any, steps: int = 8) -> Drawn:
@@ -123,8 +127,15 @@ class _Builder:
         self.live.append(node)
         return node
 
-    def linear(self, x: fx.Node, n: int, name: str | None = None, bias: bool | None = None) -> fx.Node:
-        """A linear layer in one of its spellings."""
+    def linear(
+        self,
+        x: fx.Node,
+        n: int,
+        name: str | None = None,
+        bias: bool | None = None,
+        dense_tokens: int | None = None,
+    ) -> fx.Node:
+        """A linear layer in one of its spellings; dense_tokens are only said in one."""
         k, draw = self.width(x), self.draw
         weight = self.parameter(n, k)
         with_bias = draw.random() < 0.5 if bias is None else bias
@@ -132,7 +143,13 @@ class _Builder:
         if with_bias:
             parts["bias"] = self.parameter(n)
         b = parts.get("bias")
-        spelling = draw.randint(0, 6) if self.value(x).dtype == self.value(weight).dtype else 0
+        spelling = (
+            4
+            if dense_tokens
+            else draw.randint(0, 6)
+            if self.value(x).dtype == self.value(weight).dtype
+            else 0
+        )
         if spelling == 1:
             node = self.call(F.linear, input=x, weight=weight, bias=b)
         elif spelling == 2 and b is None and self.value(x).dim() > 1:
@@ -142,21 +159,25 @@ class _Builder:
             node = self.call(torch.addmm, b, x, self.call(getattr, weight, "T"))
         elif spelling == 4:
             data = {}
-            if draw.random() < 0.5:
+            rarely = 0.15 if dense_tokens else 0.5  # what has data of its own shares no X
+            if draw.random() < rarely:
                 rank = draw.choice((16, 5))
                 data = {"down": self.parameter(rank, k), "up": self.parameter(n, rank)}
-            if draw.random() < 0.5:
+            if draw.random() < rarely:
                 data |= {"shift": self.parameter(k), "folded": self.parameter(n)}
-            if draw.random() < 0.3:
+            if draw.random() < 0.6 * rarely:
                 data["score"] = self.parameter(k)
             order = [data.get(part) for part in ("down", "up", "shift", "score", "folded")]
-            node = self.call(ops.linear, x, weight, b, *order, draw.choice(("", "sparse", "dense")))
+            if dense_tokens is None and draw.random() < 0.4:
+                dense_tokens = draw.choice((-3, -1, 1, 2))
+            decision = draw.choice(("", "sparse", "dense"))
+            node = self.call(ops.linear, x, weight, b, *order, decision, dense_tokens or 0)
             parts |= data
         else:
             node = self.call(torch._C._nn.linear, x, weight, *([b] if b is not None else []))
         name = name or f"layer_{len(self.names)}"
         self.names.append(name)
-        node.meta["layer"] = _Layer(name, parts)
+        node.meta["layer"] = _Layer(name, parts, dense_tokens or 0)
         node.meta["nn_module_stack"] = {name: (name, nn.Linear)}
         return node
 
@@ -166,9 +187,9 @@ def _step_linear(b: _Builder) -> None:
 
 
 def _step_shared(b: _Builder) -> None:
-    x = b.pick(64)
+    x, dense_tokens = b.pick(64), b.draw.choice((None, None, -1, 2))
     for _ in range(b.draw.randint(2, 3)):
-        b.keep(b.linear(x, b.draw.choice((64, 128))))
+        b.keep(b.linear(x, b.draw.choice((64, 128)), dense_tokens=dense_tokens))
 
 
 def _step_activation(b: _Builder) -> None:
