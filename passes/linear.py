@@ -188,7 +188,7 @@ class _Group:
 
     def rewrite(self, compensation: str, mutations: Mutations) -> None:
         # what was matched may by now read, in place of another layer, the sparse one
-        members = [_refreshed(linear) for linear in self.members]
+        members = [refreshed(linear) for linear in self.members]
         first = members[0]
         source = first.x if self.source is self.members[0].x else skip_row_views(first.x)
         data = {name: node for name in ("shift", "score") if (node := getattr(first, name)) is not None}
@@ -215,8 +215,8 @@ class _Group:
         arrange_branches(sparsified)
 
 
-def _refreshed(linear: Linear) -> Linear:
-    """The same layer with the operands that its node has now."""
+def refreshed(linear: Linear) -> Linear:
+    """The same layer as its node reads it now."""
     found = match_linear(linear.node)
     assert found is not None
     found.min_tokens = linear.min_tokens

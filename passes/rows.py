@@ -14,6 +14,7 @@ each part, where nothing else reads it, so that it folds into that `sparsify` an
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from .graph import (
     same_size,
     tensor,
 )
-from .linear import Linear, match_linear
+from .linear import Linear, refreshed
 from .mutation import Mutations
 from .producers import producer_of
 
@@ -45,7 +46,8 @@ _TOKENS = 1  # dimension of the tokens
 def split_rows(graph: fx.Graph, linears: Sequence[Linear]) -> list[Linear]:
     """Split the layers that ask for it; returns the layers to make sparse, in the order given."""
     splitter = _Splitter(graph, linears)
-    return [splitter.split(linear) if linear.dense_tokens else linear for linear in linears]
+    split = [splitter.split(linear) if linear.dense_tokens else linear for linear in linears]
+    return [refreshed(linear) for linear in split]  # which may read what another's parts were joined to
 
 
 class _Splitter:
@@ -70,10 +72,7 @@ class _Splitter:
         rest.meta["example_value"] = of_rest
         joined = [dense, rest] if tokens > 0 else [rest, dense]
         replace(node, insert(node, torch.cat, (joined, _TOKENS), node))
-        found = match_linear(rest)
-        assert found is not None
-        found.min_tokens = linear.min_tokens
-        return found
+        return dataclasses.replace(linear, node=rest)
 
     def _parts_of(self, x: fx.Node, tokens: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The dense and the other tokens of x, from parts of its makers where only such layers read x."""

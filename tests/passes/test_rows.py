@@ -211,3 +211,30 @@ def test_an_input_is_not_made_again_over_a_write(forward):
     gm.recompile()
     torch.testing.assert_close(gm(X)[:, :3], want[:, :3])
     assert ops_of(gm)["gelu"] == 1
+
+
+def test_what_is_joined_may_be_written_to_between_layers_that_read_it():
+    q = attach(nn.Linear(64, 64).double().requires_grad_(False), decision="sparse", dense_tokens=3)
+    k, v = (nn.Linear(64, 64).double().requires_grad_(False) for _ in range(2))
+
+    def forward(m, x):
+        y = m.q(x)
+        a = m.k(y)
+        y.add_(a)
+        return a, m.v(y)
+
+    gm = traced(function(forward, q=q, k=k, v=v), X)
+    passes.normalize(gm.graph)
+    passes.sparsify_linears(gm.graph, passes.split_rows(gm.graph, passes.find_linears(gm.graph)))
+    gm.graph.lint()
+    gm.recompile()
+
+    def sparse(layer, x):
+        s = semantics.sparsify(x.reshape(-1, 64))
+        return semantics.sparse_linear(s.pruned, s.scale, s.t, layer.weight, bias=layer.bias).view(x.shape)
+
+    y = semantics.with_dense_tokens(sparse(q, X), X, q.weight, q.bias, 3)
+    a = sparse(k, y)
+    for got, want in zip(gm(X), (a, sparse(v, y + a)), strict=True):
+        torch.testing.assert_close(got, want)
+    assert ops_of(gm)["sparsify:identity"] == 3
