@@ -35,18 +35,35 @@ def choose_at_run_time(graph: fx.Graph) -> int:
 
 
 def _rewrite(layers: list[Site], mutations: Mutations) -> int:
-    sparsify = layers[0].sparsify
+    """One op for all layers, but for those whose operands are ready too late, which get one of their own."""
+    sparsify, count = layers[0].sparsify, 0
+    min_tokens = max(site.note.min_tokens for site in layers)
     position = order(sparsify.graph)
-    layers = sorted(layers, key=lambda site: position[site.y])
-    first = layers[0].y
-    if any(mutations.between(read, sparsify, first) for read in sparsify.all_input_nodes):
-        return 0
-    for site in layers[1:]:
-        operands = [node for node in _operands(site) if node is not None]
-        if any(mutations.between(node, first, site.y) for node in operands):
-            return 0
-        if not all(hoist(node, first, position, mutations) for node in operands):
-            return 0
+    waiting = sorted(layers, key=lambda site: position[site.y])
+    while waiting:
+        (first, *others), waiting = waiting, []
+        if any(mutations.between(read, sparsify, first.y) for read in sparsify.all_input_nodes):
+            waiting = others
+            continue
+        group = [first]
+        for site in others:
+            (group if _joins(site, first.y, position, mutations) else waiting).append(site)
+        _choose(group, min_tokens, mutations)
+        count += len(group)
+        position = order(sparsify.graph)
+    return count
+
+
+def _joins(site: Site, first: fx.Node, position: dict[fx.Node, int], mutations: Mutations) -> bool:
+    """Whether all that a layer reads, dense or sparse, is or can be made ready before another."""
+    operands = [node for node in _operands(site) if node is not None]
+    if any(mutations.between(node, first, site.y) for node in operands):
+        return False
+    return all(hoist(node, first, position, mutations) for node in operands)
+
+
+def _choose(layers: list[Site], min_tokens: int, mutations: Mutations) -> None:
+    sparsify, first = layers[0].sparsify, layers[0].y
     columns: list[int] = []
     for index, site in enumerate(layers):
         for branch in site.note.branches:
@@ -58,7 +75,7 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
     outputs = insert(
         first,
         ops.linears,
-        (producer, inputs, [site.y.args[4] for site in layers], max(site.note.min_tokens for site in layers)),
+        (producer, inputs, [site.y.args[4] for site in layers], min_tokens),
         sparsify,
         **sparsify.kwargs,
         biases=lists["bias"],
@@ -76,7 +93,6 @@ def _rewrite(layers: list[Site], mutations: Mutations) -> int:
     for site, output in zip(layers, outputs_of, strict=True):
         mutations.stand_in(output, site.y)
         replace(site.y, output)
-    return len(layers)
 
 
 def _operands(site: Site) -> list[Any]:

@@ -21,7 +21,8 @@ one row a sample; a residual has y's shape. All in y's dtype: a wider operand is
     y = sparse_linear(*s, W)                       h = sparse_linear(*s, W, bottom=x)
     h = cat([y, x], 1)                     →
 
-The layer writes its part of what is concatenated, and only x is copied. (A concatenation that a `sparsify`
+The layer writes its part of what is concatenated, and only x is copied, unless the run time chooses to run it
+dense. (A concatenation that a `sparsify`
 reads was folded there before.)
 """
 
@@ -39,15 +40,16 @@ from .graph import (
     is_one,
     kind,
     operands,
+    order,
     per_sample,
-    reaches,
     real_users,
     same_shape,
     same_size,
     tensor,
 )
 from .mutation import Mutations, remove_dead
-from .site import Site, sites, sites_of
+from .site import Site, sites, sites_of, some_choose
+from .together import hoistable
 
 _COLUMNS = 8  # of 16 bits: what the kernels store at once
 
@@ -166,8 +168,11 @@ def _concatenation(site: Site, mutations: Mutations) -> bool:
     other, dims = tensor(beside), out.dim()
     if other is None or not _alike(other, out) or other.dim() != dims:
         return False
-    if _siblings_choose(site) and reaches(site.sparsify, beside):
-        return False
+    if _siblings_choose(site):
+        position = order(cat.graph)
+        earliest = min((layer.y for layer in sites_of(site.sparsify)), key=position.__getitem__)
+        if not hoistable(beside, earliest, position, mutations):
+            return False
     axis = arg(cat, "dim", 0) % dims
     if not all(
         same_size(a, b) for i, (a, b) in enumerate(zip(other.shape, out.shape, strict=True)) if i != axis
@@ -216,9 +221,4 @@ def _alike(operand: Tensor, out: Tensor) -> bool:
 
 def _siblings_choose(site: Site) -> bool:
     """Layers of one X that choose together at run time cannot wait for each other's output."""
-    return len(sites_of(site.sparsify)) > 1 and _some_choose(site)
-
-
-def _some_choose(site: Site) -> bool:
-    """Whether a layer of this X runs dense or sparse as the number of tokens turns out."""
-    return any(layer.note.min_tokens > 1 for layer in sites_of(site.sparsify))
+    return len(sites_of(site.sparsify)) > 1 and some_choose(site)

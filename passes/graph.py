@@ -330,18 +330,6 @@ def order(graph: fx.Graph) -> dict[fx.Node, int]:
     return {node: position for position, node in enumerate(graph.nodes)}
 
 
-def reaches(source: fx.Node, node: fx.Node) -> bool:
-    """Whether `node` is computed from `source`, or is it."""
-    position, seen, left = order(source.graph), {node}, [node]
-    while left:
-        if (one := left.pop()) is source:
-            return True
-        behind = {read for read in one.all_input_nodes if position[read] >= position[source]}
-        left += behind - seen
-        seen |= behind
-    return False
-
-
 def insert(before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
     """A new call of `target` before a node, with the origin (stack trace, module stack) of `like`."""
     with before.graph.inserting_before(before):

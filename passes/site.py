@@ -75,6 +75,11 @@ class Site:
             return False
         if any(mutations.between(read, self.y, consumed) for read in self.y.all_input_nodes):
             return False
+        # where dense or sparse is chosen at run time, X is read where the layer is computed
+        if some_choose(self) and any(
+            mutations.between(read, self.sparsify, consumed) for read in self.sparsify.all_input_nodes
+        ):
+            return False
         y = insert(consumed, ops.sparse_linear, self.y.args, self.y, **{**self.y.kwargs, **epilogue})
         y.meta[META] = self.note
         out = y
@@ -115,6 +120,11 @@ def sites_of(sparsify: fx.Node) -> list[Site]:
         reshaped = len(readers) == 1 and readers[0].meta.get(META) is _SHAPE  # ours, not one of the model
         found.append(Site(sparsify, y, readers[0] if reshaped else y, y.meta.get(META, Note(y.name))))
     return found
+
+
+def some_choose(site: Site) -> bool:
+    """Whether a layer of this X runs dense or sparse as the number of tokens turns out."""
+    return any(layer.note.min_tokens > 1 for layer in sites_of(site.sparsify))
 
 
 def besides_of(layers: Sequence[Site]) -> tuple[list[Any], list[str]]:

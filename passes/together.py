@@ -23,7 +23,6 @@ from .mutation import Mutations, is_fresh, remove_dead
 from .site import META, Site, besides_of, sites_of
 
 _OF_A_LAYER = ("lora_up", "bias")  # what the layers of a group may have, beside an activation
-_ROWS = ("top", "bottom")
 _SPARSE = (ops.sparsify, ops.sparse_linear, ops.sparse_linears, ops.linears)
 
 
@@ -34,7 +33,9 @@ def run_together(graph: fx.Graph) -> int:
     for sparsify in [node for node in graph.nodes if node.target is ops.sparsify]:
         position = order(graph)
         layers = sorted(sites_of(sparsify), key=lambda site: position[site.y])
-        waiting = [site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, *_ROWS, "activation"}]
+        waiting = [
+            site for site in layers if set(site.y.kwargs) <= {*_OF_A_LAYER, *ops.SIDES[1:], "activation"}
+        ]
         while len(waiting) > 1:
             group, waiting = waiting[:1], waiting[1:]
             for site in list(waiting):
@@ -96,19 +97,29 @@ def _rewrite(group: list[Site], mutations: Mutations) -> None:
 
 
 def hoist(node: Any, before: fx.Node, position: dict[fx.Node, int], mutations: Mutations) -> bool:
-    """Move what computes an operand (padding, stacking and scaling of factors) in front of `before`.
+    """Move what computes an operand (its factors, what stands beside it) in front of `before`.
 
-    False, and the operand where it was, if that could change its value.
+    False, and everything where it was, if that could change a value.
     """
+    if not hoistable(node, before, position, mutations):
+        return False
+    _move(node, before, position)
+    return True
+
+
+def hoistable(node: Any, before: fx.Node, position: dict[fx.Node, int], mutations: Mutations) -> bool:
+    """Whether `hoist` can."""
     if node not in position or position[node] < position[before]:
         return True
     pure = node.op == "get_attr" or is_fresh(node) or kind(node) in CASTS or kind(node) == "narrow"
-    if not pure or node.target in _SPARSE:
+    if not pure or node.target in _SPARSE or mutations.reach([node], before):
         return False
-    if mutations.reach([node], before):
-        return False
-    if not all(hoist(source, before, position, mutations) for source in node.all_input_nodes):
-        return False
-    before.prepend(node)
-    position[node] = position[before] - 1
-    return True
+    return all(hoistable(source, before, position, mutations) for source in node.all_input_nodes)
+
+
+def _move(node: Any, before: fx.Node, position: dict[fx.Node, int]) -> None:
+    if node in position and position[node] > position[before]:
+        for source in node.all_input_nodes:
+            _move(source, before, position)
+        before.prepend(node)
+        position[node] = position[before] - 1

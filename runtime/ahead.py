@@ -15,6 +15,7 @@ from . import (
     gemm_sm90,
     kernels,
     launch,
+    layout,
     operands,
     ops,
     residual_norm,
@@ -54,14 +55,13 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
                 up, bias, gate, residual = (options.get(n) for n in ("lora_up", "bias", "gate", "residual"))
                 activation = options.get("activation", "none")
                 layer = operands.Layer(args[3], args[4], up, bias, activation, gate, residual)
-                units += _gemm_units(size, [layer])
+                units += _gemm_units(size, [layer], [options.get(side) for side in ops.SIDES[1:]])
             continue
         if node.target is ops.sparse_linears:
             size = sparsified.get(node.args[0].args[0])
             if size is not None:
-                units += _gemm_units(
-                    size, [operands.Layer(*layer) for layer in zip(*args[3:10], strict=True)]
-                )
+                layers = [operands.Layer(*layer) for layer in zip(*args[3:10], strict=True)]
+                units += _gemm_units(size, layers, args[10])
             continue
         producer, inputs = args[:2]
         size = _size(producer, inputs)
@@ -76,8 +76,8 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         units += [kernel.unit(size.arch) for kernel in found]
         if node.target is ops.linears:
             names = "lora_ups", "biases", "activations", "gates", "residuals"
-            layers = zip(args[2], args[2], *(options[name] for name in names), strict=True)
-            units += _gemm_units(size, [operands.Layer(*layer) for layer in layers])
+            lists = zip(args[2], args[2], *(options[name] for name in names), strict=True)
+            units += _gemm_units(size, [operands.Layer(*layer) for layer in lists], options["besides"])
     return build.prebuild(units)
 
 
@@ -108,9 +108,16 @@ def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _gemm_units(size: _Size, layers: Sequence[operands.Layer]) -> list[build.Unit]:
-    """What the layers of one X launch. Their tensors may be fake: only sizes are read."""
+def _gemm_units(
+    size: _Size, layers: Sequence[operands.Layer], besides: Sequence[Tensor | None]
+) -> list[build.Unit]:
+    """What the layers of one X launch. Their tensors may be fake: only sizes are read.
+
+    besides: rows above or below some of them, which give each sample a launch of its own.
+    """
     units = []
+    apart = max((_hint(rows.shape[0]) for rows in besides if rows is not None and rows.dim() == 3), default=1)
+    m = size.m if size.m // max(apart, 1) % layout.BLOCK_ROWS else size.m // max(apart, 1)
     hopper = kernels.is_hopper(size.device)
     known = [layer for layer in layers if layer.weight is not None]
     for group in gemm_sm90.groups(known) if hopper else [[i] for i in range(len(known))]:
@@ -119,10 +126,10 @@ def _gemm_units(size: _Size, layers: Sequence[operands.Layer]) -> list[build.Uni
         tail = first.gate is not None or first.residual is not None
         vectors = [(known[i].bias, n) for i, n in zip(group, widths, strict=True)] + [(first.gate, widths[0])]
         samples = (operands.samples(vector, n) for vector, n in vectors)
-        rows = min(size.m // max(_hint(count), 1) for count in samples)
+        rows = min([m, *(size.m // max(_hint(count), 1) for count in samples)])
         variant: Any = widths if hopper else widths[0]
         kernel_for = gemm_sm90.kernel_for if hopper else gemm_mma.kernel_for
-        kernel = kernel_for(size.device, size.dtype, size.m, variant, size.k, first.activation, tail, rows)
+        kernel = kernel_for(size.device, size.dtype, m, variant, size.k, first.activation, tail, rows)
         units.append(kernel.unit(size.arch))
     return units
 

@@ -50,25 +50,6 @@ def kernel_for(
     return kernel(dtype, activation, overlaps(device))
 
 
-def prepare(
-    values: Tensor,
-    metadata: Tensor,
-    scale: Tensor,
-    t: Tensor,
-    weight: Tensor,
-    lora_up: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    *,
-    y_stride: int = 0,
-) -> Call:
-    """The call that computes y (M, N) of `ops.sparse_linear`; arguments as in `prepare_all`."""
-    layer = Layer(t, weight, lora_up, bias, activation, gate, residual)
-    return prepare_all(values, metadata, scale, [layer], y_stride=y_stride)
-
-
 def prepare_all(
     values: Tensor, metadata: Tensor, scale: Tensor, layers: Sequence[Layer], *, y_stride: int = 0
 ) -> Call:
@@ -117,6 +98,6 @@ def _pack(
     return variant, (-(-m // TILE) * -(-n // TILE), 1, 1), packed
 
 
-def sparse_gemm(*operands: Any, **options: Any) -> Tensor:
-    """y (M, N): `prepare` and run."""
-    return prepare(*operands, **options).run()[0]
+def sparse_gemm(values: Tensor, metadata: Tensor, scale: Tensor, *layer: Any, **fields: Any) -> Tensor:
+    """y (M, N): `prepare_all` for one layer, the fields of `Layer`, and run."""
+    return prepare_all(values, metadata, scale, [Layer(*layer, **fields)]).run()[0]

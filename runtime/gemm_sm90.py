@@ -199,26 +199,6 @@ def variants() -> Iterator[build.Unit]:
         yield kernel(tile, dtype, activation, tail).unit("sm_90a")
 
 
-def prepare(
-    values: Tensor,
-    metadata: Tensor,
-    scale: Tensor,
-    t: Tensor,
-    weight: Tensor,
-    lora_up: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    *,
-    y_stride: int = 0,
-    tile: Tile | None = None,
-) -> Call:
-    """The call that computes y (M, N) of `ops.sparse_linear`; arguments as in `prepare_all`."""
-    layer = Layer(t, weight, lora_up, bias, activation, gate, residual)
-    return prepare_all(values, metadata, scale, [layer], y_stride=y_stride, tile=tile)
-
-
 def prepare_all(
     values: Tensor,
     metadata: Tensor,
@@ -330,9 +310,11 @@ def _pack(
     return variant, (clusters * tile.cluster, 1, 1), packed
 
 
-def sparse_gemm(*operands: Any, tile: Tile | None = None, **options: Any) -> Tensor:
-    """y (M, N): `prepare` and run."""
-    return prepare(*operands, tile=tile, **options).run()[0]
+def sparse_gemm(
+    values: Tensor, metadata: Tensor, scale: Tensor, *layer: Any, tile: Tile | None = None, **fields: Any
+) -> Tensor:
+    """y (M, N): `prepare_all` for one layer, the fields of `Layer`, and run."""
+    return prepare_all(values, metadata, scale, [Layer(*layer, **fields)], tile=tile).run()[0]
 
 
 _NO_MAP = bytes(TENSOR_MAP_BYTES)

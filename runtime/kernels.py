@@ -85,8 +85,11 @@ def is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-_sparsify_calls, _linear_calls, _placed_calls, _together_calls, _rotary_calls = (Known() for _ in range(5))
-_residual_norm_calls, _placed_together_calls = Known(), Known()
+_sparsify_calls, _linear_calls, _together_calls, _rotary_calls, _residual_norm_calls = (
+    Known() for _ in range(5)
+)
+# apart from the others, whose `Shortcut` returns outputs as a call leaves them: these are still to be filled
+_placed_calls, _placed_together_calls = Known(), Known()
 
 
 def _sparsify_key(
@@ -191,12 +194,10 @@ def _sparse_linear(
         bottom,
         version,
     )
-    given_beside = [
-        (part, side) for part, side in zip((left, top, bottom), ops.SIDES, strict=True) if part is not None
-    ]
-    beside, side = given_beside[0] if given_beside else (None, "")
+    sides = zip((left, top, bottom), ops.SIDES, strict=True)
+    beside, side = next((one for one in sides if one[0] is not None), (None, ""))
     if beside is not None:
-        options = *options, side, beside.shape, beside.dtype
+        options = *options, side, beside.shape, beside.dtype, beside.device
     known = _linear_calls if beside is None else _placed_calls
     call = known.find(options, given)
     if call is not None:
@@ -224,15 +225,18 @@ def _sparse_linear(
         raise ValueError(f"unknown activation {activation!r}; one of {', '.join(semantics.ACTIVATIONS)}")
     if not values.shape[0] or not weight.shape[0]:
         return ops.placed(values.new_empty((values.shape[0], weight.shape[0])), left, top, bottom)
-    checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
-    *compressed, t, weight, up, bias, gate, residual = checked
-    layers = [operands.Layer(t, weight, up, bias, activation, gate, residual)]
-    if beside is None:
-        call = prepare_all(*compressed, layers)
-    else:
-        call = placement.prepare(prepare_all, compressed, layers, [beside], [side])
-        if call is None:
-            return ops.placed(prepare_all(*compressed, layers).run()[0], left, top, bottom)
+    call = None
+    if beside is None or placement.possible(values.shape[0], [beside], [side], [gate, residual]):
+        checked = operands.checked(values, metadata, scale, t, weight, lora_up, bias, gate, residual)
+        *compressed, t, weight, lora_up, bias, gate, residual = checked
+        layers = [operands.Layer(t, weight, lora_up, bias, activation, gate, residual)]
+        if beside is None:
+            call = prepare_all(*compressed, layers)
+        else:
+            call = placement.prepare(prepare_all, compressed, layers, [beside], [side])
+    if call is None:
+        layer = t, weight, lora_up, bias, activation, gate, residual
+        return ops.placed(_sparse_linear(values, metadata, scale, *layer), left, top, bottom)
     if all(a is b for a, b in zip(checked, given, strict=True)):
         known.keep(options, given, call)
     return placement.fill(call.run()[0], beside, side)
@@ -256,8 +260,8 @@ def _together_key(
     given = values, metadata, scale, *ts, *weights, *lora_ups, *biases, *gates, *residuals
     if not sides:
         return (*activations, version), given
-    sizes = [None if beside is None else (beside.shape, beside.dtype) for beside in besides]
-    return (*activations, *sides, *sizes, version), given
+    facts = [None if beside is None else (beside.shape, beside.dtype, beside.device) for beside in besides]
+    return (*activations, *sides, *facts, version), given
 
 
 def _sparse_linears(
@@ -281,13 +285,18 @@ def _sparse_linears(
     call = known.find(options, given)
     if call is not None:
         return _filled(call.run(), besides, sides)
+    ops.check_sides("sparse_linears", len(weights), besides, sides)
     for i, weight in enumerate(weights if sides else ()):
-        ops.check_beside(values, weight.shape[0], *ops.parts(besides, sides, i))
+        ops.check_beside(values, weight.shape[0], *ops.parts(besides, sides, i), op="sparse_linears")
     prepare_all = _gemms(values.get_device(), values.dtype)
-    empty = not values.shape[0] or not all(weight.shape[0] for weight in weights)
+    empty = not values.shape[0] or not weights or not all(weight.shape[0] for weight in weights)
     unknown = not set(activations) <= set(semantics.ACTIVATIONS)
     if prepare_all is None or version != ops.VERSION or empty or unknown:
         return ops._sparse_linears(values, metadata, scale, *lists, besides, sides, version)
+    if sides and not placement.possible(values.shape[0], besides, sides, [*gates, *residuals]):
+        if "left" in sides:  # each alone has a place
+            return ops._sparse_linears(values, metadata, scale, *lists, besides, sides, version)
+        return _joined((values, metadata, scale), lists, besides, sides)
     layers, as_given = [], True
     for t, weight, up, bias, activation, gate, residual in zip(*lists, strict=True):
         one = values, metadata, scale, t, weight, up, bias, gate, residual
@@ -297,13 +306,22 @@ def _sparse_linears(
         layers.append(operands.Layer(t, weight, up, bias, activation, gate, residual))
     if sides:
         call = placement.prepare(prepare_all, compressed, layers, besides, sides)
-        if call is None:  # each alone may have one
-            return ops._sparse_linears(values, metadata, scale, *lists, besides, sides, version)
+        if call is None:
+            return _joined((values, metadata, scale), lists, besides, sides)
     else:
         call = prepare_all(*compressed, layers)
     if as_given:
         known.keep(options, given, call)
     return _filled(call.run(), besides, sides)
+
+
+def _joined(
+    compressed: Any, lists: Any, besides: Sequence[Tensor | None], sides: Sequence[str]
+) -> list[Tensor]:
+    """The layers without what stands beside them, in a call that is remembered, and then joined to that."""
+    arguments: tuple[Any, ...] = (*compressed, *lists, [], [])
+    ys = _sparse_linears(*arguments)
+    return [ops.placed(y, *ops.parts(besides, sides, i)) for i, y in enumerate(ys)]
 
 
 def _filled(ys: Sequence[Tensor], besides: Sequence[Tensor | None], sides: Sequence[str]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """The `rt_lynx::` operators: what rewritten graphs call.
 
     sparsify       producer(inputs) → compressed values, metadata, row scale, LoRA down-projection t
-    sparse_linear  those + W, B, b → y, with activation, gate and residual, beside or below a given part
+    sparse_linear  those + W, B, b → y, with activation, gate and residual, and a given part on one side of y
     sparse_linears the layers of one `sparsify` that run one behind the other, in one call
     linears        both for all layers of one X, or the dense layers, as the number of tokens says
     linear         a dense linear layer that carries the data to become sparse; anything but the rt_lynx
@@ -176,26 +176,32 @@ def _sparse_linear_reference(
 
 
 def check_beside(
-    values: Tensor, n: int, left: Tensor | None, top: Tensor | None, bottom: Tensor | None
+    values: Tensor,
+    n: int,
+    left: Tensor | None,
+    top: Tensor | None,
+    bottom: Tensor | None,
+    op: str = "sparse_linear",
 ) -> None:
-    """Raises TypeError and ValueError for what cannot stand beside, above or below y (M, n)."""
+    """Raises TypeError and ValueError for what cannot stand beside, above or below y (M, n).
+
+    values: of M rows, in y's dtype and on its device.
+    """
     given = {name: t for name, t in (("left", left), ("top", top), ("bottom", bottom)) if t is not None}
     if len(given) > 1:
-        raise ValueError(
-            f"sparse_linear: {' and '.join(given)} are both given; give one, and join the other with cat"
-        )
+        raise ValueError(f"{op}: {' and '.join(given)} are both given; give one, and join the other with cat")
     for name, part in given.items():
         if part.dtype is not values.dtype:
-            raise TypeError(f"sparse_linear: {name} is {part.dtype}, expected {values.dtype}; cast it")
+            raise TypeError(f"{op}: {name} is {part.dtype}, expected {values.dtype}; cast it")
         if part.device != values.device:
-            raise ValueError(f"sparse_linear: {name} is on {part.device}, expected {values.device}; move it")
+            raise ValueError(f"{op}: {name} is on {part.device}, expected {values.device}; move it")
         m = values.shape[0]
         if name == "left":
             if part.numel() != m * part.shape[-1]:
-                raise ValueError(f"sparse_linear: left has shape {tuple(part.shape)}; expected M = {m} rows")
+                raise ValueError(f"{op}: left has shape {tuple(part.shape)}; expected M = {m} rows")
         elif part.dim() != 3 or part.shape[2] != n or (m % part.shape[0] if part.shape[0] else m):
             raise ValueError(
-                f"sparse_linear: {name} has shape {tuple(part.shape)}; expected (S, T, N = {n}) with M = {m} "
+                f"{op}: {name} has shape {tuple(part.shape)}; expected (S, T, N = {n}) with M = {m} "
                 "a multiple of S"
             )
 
@@ -212,13 +218,32 @@ def placed(y: Tensor, left: Tensor | None, top: Tensor | None, bottom: Tensor | 
     return torch.cat([other, own] if bottom is None else [own, other], 1).flatten(0, 1)
 
 
-def parts(besides: Sequence[Tensor | None], sides: Sequence[str], layer: int) -> list[Tensor | None]:
+def check_sides(op: str, layers: int, besides: Sequence[Tensor | None], sides: Sequence[str]) -> None:
+    """Raises ValueError for lists that `parts` cannot read."""
+    if not len(besides) == len(sides) or (sides and len(sides) != layers):
+        raise ValueError(
+            f"{op}: {len(besides)} besides and {len(sides)} sides for {layers} layers; give one of each for "
+            "every layer, or none at all"
+        )
+    for i, (beside, side) in enumerate(zip(besides, sides, strict=True)):
+        if side not in ("", *SIDES) or (beside is None) != (side == ""):
+            given = "nothing" if beside is None else "a tensor"
+            raise ValueError(
+                f"{op}: layer {i} has {given} on side {side!r}; give a tensor on one of {', '.join(SIDES)}, "
+                "or None on ''"
+            )
+
+
+def parts(
+    besides: Sequence[Tensor | None], sides: Sequence[str], layer: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`left`, `top` and `bottom` of a layer among several.
 
     besides, sides: what stands beside each layer, and on which of SIDES ("" for none); both empty where
-    nothing stands beside any.
+    nothing stands beside any. `check_sides` refuses others.
     """
-    return [besides[layer] if sides and sides[layer] == side else None for side in SIDES]
+    left, top, bottom = (besides[layer] if sides and sides[layer] == side else None for side in SIDES)
+    return left, top, bottom
 
 
 def _placed_shape(
@@ -270,6 +295,7 @@ def _sparse_linears(
 ) -> list[Tensor]:
     """`sparse_linear` of each layer. besides, sides: as `parts` takes them."""
     _check_version(version)
+    check_sides("sparse_linears", len(weights), besides, sides)
     layers = zip(ts, weights, lora_ups, biases, activations, gates, residuals, strict=True)
     return [
         sparse_linear(values, metadata, scale, *layer, *(parts(besides, sides, i) if sides else ()))
@@ -293,6 +319,7 @@ def _sparse_linears_fake(
     version: int = VERSION,
 ) -> list[Tensor]:
     _check_version(version)
+    check_sides("sparse_linears", len(weights), besides, sides)
     return [
         values.new_empty(_placed_shape(values.shape[0], weight.shape[0], *parts(besides, sides, i)))
         for i, weight in enumerate(weights)
@@ -329,6 +356,7 @@ def _linears(
     layer follow each other as in the columns of its `lora_up`.
     """
     _check_version(version)
+    check_sides("linears", len(weights), besides, sides)
     branches = [columns[i : i + 4] for i in range(0, len(columns), 4)]
     m, _ = producer_shape(producer, inputs)
     if m < min_tokens:
@@ -349,7 +377,11 @@ def _linears(
             )
             for i, weight in enumerate(weights)
         ]
-        return [placed(y, *parts(besides, sides, i)) for i, y in enumerate(ys)] if sides else ys
+        for i, y in enumerate(ys if sides else ()):
+            beside = parts(besides, sides, i)
+            check_beside(y, y.shape[1], *beside, op="linears")
+            ys[i] = placed(y, *beside)
+        return ys
     values, metadata, scale, t = sparsify(
         producer, inputs, lora_down, eps, mult_offset, shift, score, compensation, deflated
     )
@@ -402,6 +434,7 @@ def _linears_fake(
     version: int = VERSION,
 ) -> list[Tensor]:
     _check_version(version)
+    check_sides("linears", len(weights), besides, sides)
     x = inputs[0]
     assert x is not None
     m, _ = producer_shape(producer, inputs)

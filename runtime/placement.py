@@ -15,6 +15,21 @@ from .operands import ALIGNMENT, Layer
 _WIDE = torch.complex128
 
 
+def possible(
+    m: int, besides: Sequence[Tensor | None], sides: Sequence[str], tails: Sequence[Tensor | None]
+) -> bool:
+    """Whether layers of one X (M, K) can write to their places in one call.
+
+    besides, sides: as in `ops.parts`; checked. tails: gates and residuals, whose rows would have to move too.
+    """
+    if "left" in sides:
+        return len(sides) == 1
+    samples = _samples(besides)
+    whole = samples == 1 or not m // max(samples, 1) % layout.BLOCK_ROWS
+    alike = all(rows is None or rows.shape[0] == samples for rows in besides)
+    return whole and alike and all(tail is None for tail in tails)
+
+
 def prepare(
     prepare_all: Callable[..., Call],
     compressed: Sequence[Tensor],
@@ -24,20 +39,16 @@ def prepare(
 ) -> Call | None:
     """The call that writes each y to its place in its whole; `fill` adds the rest. None where no kernel can.
 
-    compressed, layers: checked, as `prepare_all` takes them. besides, sides: as in `ops.parts`; checked.
+    compressed, layers: checked, as `prepare_all` takes them. besides, sides: for which it is `possible`.
     """
     if "left" in sides:
-        (first, *others), left = layers, besides[0]
-        return None if others or left is None else _beside(prepare_all, compressed, first, left)
+        (left,) = besides
+        assert left is not None
+        return _beside(prepare_all, compressed, layers[0], left)
     values, metadata, scale = compressed
     (m, half), device, dtype = values.shape, values.get_device(), values.dtype
-    counts = {beside.shape[0] for beside in besides if beside is not None}
-    samples = counts.pop() if counts else 1
+    samples = _samples(besides)
     rows = m // samples
-    if counts or (samples > 1 and rows % layout.BLOCK_ROWS):
-        return None
-    if any(layer.gate is not None or layer.residual is not None for layer in layers):
-        return None
     widths = [layer.weight.shape[0] for layer in layers]
     vectors = [_each(layer.bias, samples, n) for layer, n in zip(layers, widths, strict=True)]
     if not all(vectors):
@@ -58,6 +69,11 @@ def prepare(
             of_sample.append(layer._replace(t=layer.t[own], bias=biases[sample]))
         launches += _moved(prepare_all(*part, of_sample), offsets)
     return Call(device, whole, launches)
+
+
+def _samples(besides: Sequence[Tensor | None]) -> int:
+    """To how many samples the rows belong that stand above or below the layers' own."""
+    return next((rows.shape[0] for rows in besides if rows is not None), 1)
 
 
 def _beside(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from lynx_compile import passes
+from lynx_compile.passes.mutation import Mutations
 from lynx_compile.passes.site import META
 from lynx_compile.runtime import ops, semantics
 
@@ -104,9 +105,21 @@ def dense_at_run_time(graph: fx.Graph, drawn: Drawn) -> frozenset[str]:
     return frozenset(names)
 
 
+def _always_sparse(graph: fx.Graph) -> set[str]:
+    """Layers left in ops that do not choose, though they, or others of their X, should."""
+    left = [node for node in graph.nodes if node.target in (ops.sparse_linear, ops.sparse_linears)]
+    alone = [node.meta[META] for node in left if node.target is ops.sparse_linear]
+    together = [note for node in left if node.target is ops.sparse_linears for note in node.meta[META]]
+    return {note.name for note in (*alone, *together) if note.min_tokens > 1}
+
+
 def check(drawn: Drawn, fusions: Sequence[Callable[[fx.Graph], int]] = passes.FUSIONS) -> fx.Graph:
     """Assert that the rewritten graph computes what the definition does, in-place effects included."""
     graph = rewritten(drawn, fusions)
+    nodes = list(drawn.graph.nodes)
+    # a write may come between a layer and what it would read if it were computed later
+    if tuple(fusions) == passes.FUSIONS and not Mutations(drawn.graph).reach(nodes, nodes[-1]):
+        assert not _always_sparse(graph), "layers that should choose at run time are always sparse"
     want, want_inputs = by_definition(drawn, dense_at_run_time(graph, drawn))
     inputs = drawn.fresh_inputs()
     got = run(graph, inputs)

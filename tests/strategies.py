@@ -143,13 +143,11 @@ class _Builder:
         if with_bias:
             parts["bias"] = self.parameter(n)
         b = parts.get("bias")
-        spelling = (
-            4
-            if dense_tokens
-            else draw.randint(0, 6)
-            if self.value(x).dtype == self.value(weight).dtype
-            else 0
-        )
+        spelling = 0
+        if dense_tokens:
+            spelling = 4
+        elif self.value(x).dtype == self.value(weight).dtype:
+            spelling = draw.randint(0, 6)
         if spelling == 1:
             node = self.call(F.linear, input=x, weight=weight, bias=b)
         elif spelling == 2 and b is None and self.value(x).dim() > 1:
@@ -159,13 +157,13 @@ class _Builder:
             node = self.call(torch.addmm, b, x, self.call(getattr, weight, "T"))
         elif spelling == 4:
             data = {}
-            rarely = 0.15 if dense_tokens else 0.5  # what has data of its own shares no X
-            if draw.random() < rarely:
+            often = 0.15 if dense_tokens else 0.5  # what has data of its own shares no X
+            if draw.random() < often:
                 rank = draw.choice((16, 5))
                 data = {"down": self.parameter(rank, k), "up": self.parameter(n, rank)}
-            if draw.random() < rarely:
+            if draw.random() < often:
                 data |= {"shift": self.parameter(k), "folded": self.parameter(n)}
-            if draw.random() < 0.6 * rarely:
+            if draw.random() < 0.6 * often:
                 data["score"] = self.parameter(k)
             order = [data.get(part) for part in ("down", "up", "shift", "score", "folded")]
             if dense_tokens is None and draw.random() < 0.4:

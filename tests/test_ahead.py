@@ -72,6 +72,8 @@ def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, t
                 "activations": [layer[0] for layer in layers],
                 "gates": [layer[2] for layer in layers],
                 "residuals": [layer[3] for layer in layers],
+                "besides": [],
+                "sides": [],
             },
         )
     else:
@@ -99,3 +101,31 @@ def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, t
         kernels._sparse_linear(*made, launched(weight), **options)
     assert set(asked) == {kernel.unit("sm_90a") for kernel, _, _ in driver.launches}
     assert len(set(asked)) == (3 if portable else 4)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_layers_with_rows_around_them_launch_once_a_sample(driver, graph, monkeypatch, samples):
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda device, dtype: None)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    monkeypatch.setattr(kernels, "_gemms", lambda device, dtype: gemm_sm90.prepare_all)
+    asked = []
+    monkeypatch.setattr(build, "prebuild", lambda units: asked.extend(units) or [])
+    rows, widths = 2048, (48 * N, 48 * N)
+    x = graph.known("x", samples, rows, K)
+    weights = [graph.known(f"w{i}", n, K) for i, n in enumerate(widths)]
+    besides = [graph.known("b", samples, 5, widths[0]), None]
+    compressed = graph.call_function(ops.sparsify, ("identity", [x]))
+    *parts, t = [graph.call_function(operator.getitem, (compressed, i)) for i in range(4)]
+    none = [None, None]
+    arguments = [t, t], weights, none, none, ["none"] * 2, none, none, besides, ["top", ""]
+    graph.call_function(ops.sparse_linears, (*parts, *arguments))
+    ahead.prepare(graph, graph.tensor_of)
+
+    def launched(node):
+        return None if node is None else torch.zeros(*graph.tensor_of(node).shape, dtype=torch.bfloat16)
+
+    *made, t = kernels._sparsify("identity", [launched(x)])
+    lists = [t, t], list(map(launched, weights)), *arguments[2:7], list(map(launched, besides))
+    kernels._sparse_linears(*made, *lists, arguments[8])
+    assert set(asked) == {kernel.unit("sm_90a") for kernel, _, _ in driver.launches}
+    assert len(driver.launches) == 1 + samples

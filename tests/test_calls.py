@@ -344,3 +344,75 @@ def test_a_layer_that_chooses_writes_to_its_place(driver, monkeypatch, side):
         filled = whole != 0
         assert torch.equal(y[filled], whole[filled])
     assert len(driver.launches) == (2 if side == "left" else 3)  # 64 rows a sample: a launch for each
+
+
+def test_samples_that_share_a_block_are_joined_behind_one_call(driver, monkeypatch):
+    layer, checked = Operands(m=2 * 70), []
+    original = operands.checked
+    monkeypatch.setattr(operands, "checked", lambda *args: (checked.append(args), original(*args))[1])
+    *compressed, t = layer.sparsify()
+    lists = [t] * 2, [layer.weight] * 2, [layer.up] * 2, [None] * 2, ["none"] * 2, [None] * 2, [None] * 2
+    besides = [normal(2, 5, N), None]
+    driver.launches.clear()
+    for _ in range(3):
+        y, other = kernels._sparse_linears(*compressed, *lists, besides, ["top", ""])
+        assert torch.equal(y.view(2, 75, N)[:, :5], besides[0])
+        assert other.shape == (140, N)
+        alone = kernels._sparse_linear(*compressed, t, layer.weight, layer.up, top=besides[0])
+        assert alone.shape == (150, N)
+    assert len(checked) == 3  # of the two layers together, and of the one alone
+
+
+@pytest.mark.parametrize(
+    ("besides", "sides", "message"),
+    [
+        (
+            [normal(1, 4, N)],
+            ["Top"],
+            r"layer 0 has a tensor on side 'Top'; give a tensor on one of left, top",
+        ),
+        ([normal(1, 4, N)], [""], "layer 0 has a tensor on side ''"),
+        ([None], ["top"], "layer 0 has nothing on side 'top'"),
+        ([normal(1, 4, N)], [], "1 besides and 0 sides for 1 layers"),
+        ([None, None], ["", ""], "2 besides and 2 sides for 1 layers"),
+    ],
+)
+def test_sides_that_no_layer_has_are_refused_everywhere(driver, besides, sides, message):
+    layer = Operands()
+    *compressed, t = layer.sparsify()
+    lists = [t], [layer.weight], [None], [None], ["none"], [None], [None]
+    for op in (kernels._sparse_linears, ops._sparse_linears, ops._sparse_linears_fake):
+        with pytest.raises(ValueError, match=message):
+            op(*compressed, *lists, besides, sides)
+    both = [[None], [None], [None], [], ["none"], [None], [None], besides, sides]
+    for op in (ops._linears, ops._linears_fake):
+        with pytest.raises(ValueError, match=message):
+            op("identity", [layer.x], [layer.weight], 0, *both)
+
+
+def test_what_stands_beside_is_checked_also_below_the_break_even():
+    layer = Operands()
+    lists = [[None], [None], [None], [], ["none"], [None], [None]]
+    for beside, error, message in (
+        (normal(1, 4, N).float(), TypeError, "linears: top is torch.float32"),
+        (normal(5, 4, N), ValueError, "linears: top has shape"),
+    ):
+        with pytest.raises(error, match=message):
+            ops._linears("identity", [layer.x], [layer.weight], M + 1, *lists, [beside], ["top"])
+
+
+def test_rows_on_another_device_are_refused_by_a_known_call_too(driver):
+    layer, rows = Operands(m=128), normal(2, 5, N)
+    *compressed, t = layer.sparsify()
+    lists = [t], [layer.weight], [None], [None], ["none"], [None], [None]
+    kernels._sparse_linears(*compressed, *lists, [rows], ["top"])
+    kernels._sparse_linear(*compressed, t, layer.weight, top=rows)
+    with pytest.raises(ValueError, match="top is on meta"):
+        kernels._sparse_linears(*compressed, *lists, [rows.to("meta")], ["top"])
+    with pytest.raises(ValueError, match="top is on meta"):
+        kernels._sparse_linear(*compressed, t, layer.weight, top=rows.to("meta"))
+
+
+def test_no_layers(driver):
+    *compressed, _ = Operands().sparsify()
+    assert kernels._sparse_linears(*compressed, *[[] for _ in range(9)]) == []

@@ -40,6 +40,9 @@ def prepare_all(values, metadata, scale, layers, *, y_stride=0):
 def together(arguments, besides, sides):
     """The wholes of layers as the call's launches and `fill` write them; None where there is no call."""
     compressed, layers = arguments[0][:3], [Layer(*one[3:]) for one in arguments]
+    tails = [tail for layer in layers for tail in (layer.gate, layer.residual)]
+    if not placement.possible(compressed[0].shape[0], besides, sides, tails):
+        return None
     call = placement.prepare(prepare_all, compressed, layers, besides, sides)
     if call is None:
         return None

@@ -4,6 +4,8 @@ from torch import nn
 
 import lynx_compile
 from lynx_compile import attach, passes
+from lynx_compile.passes.site import META
+from lynx_compile.runtime import ops
 
 from .graphs import function, ops_of, traced
 
@@ -84,7 +86,7 @@ def test_columns_of_t_follow_the_order_of_stacking():
 
 @pytest.mark.parametrize("tokens", [5, 100])
 def test_what_stands_beside_a_layer_that_is_always_sparse(tokens):
-    """Its neighbour chooses for both, and the dense layer has no place for what stands beside."""
+    """Its neighbour chooses for both; what stands beside keeps its place on either way."""
 
     def forward(m, x):
         return torch.cat([x, m.a(x)], -1), m.b(x)
@@ -99,6 +101,73 @@ def test_what_stands_beside_a_layer_that_is_always_sparse(tokens):
     gm.recompile()
     assert ops_of(gm)["linears"] == 1
     assert [tuple(y.shape) for y in gm(X)] == [(2, 5, 128), (2, 5, 64)]
+
+
+def beside_of_a_view(m, x):
+    return torch.cat([x[:, :3], m.a(x)], 1), m.b(x)
+
+
+def beside_of_an_unknown_op(m, x):
+    a, b = m.a(x), m.b(x)
+    return torch.cat([torch.sin(x), a], -1), b
+
+
+def beside_of_a_sibling(m, x):
+    a = m.a(x)
+    return torch.cat([a, m.b(x)], 1), x
+
+
+def beside_that_is_written_to(m, x):
+    c = x * 2
+    a, b = m.a(x), m.b(x)
+    c.add_(1)
+    return torch.cat([c, a], 1), b
+
+
+def x_that_is_written_to(m, x):
+    y = x * 2
+    a = m.a(y)
+    y.add_(1)
+    return torch.cat([x, a], 1), m.b(y)
+
+
+def residual_behind_a_write_to_x(m, x):
+    y = x * 2
+    a = m.a(y)
+    y.add_(1)
+    return x + a, m.b(x)
+
+
+def bias_of_an_unknown_op(m, x):
+    a = m.a(x)
+    return a, torch.nn.functional.linear(x, m.b.weight, torch.sin(m.b.bias))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(beside_of_a_view, beside_of_an_unknown_op, beside_of_a_sibling, beside_that_is_written_to),
+        *(x_that_is_written_to, residual_behind_a_write_to_x, bias_of_an_unknown_op),
+    ],
+)
+def test_no_layer_loses_its_choice(forward):
+    for least in (11, 10):
+        gm = traced(module := function(forward, a=layer(), b=layer()), X)
+        passes.normalize(gm.graph)
+        linears = passes.find_linears(gm.graph)
+        for linear in linears:
+            linear.min_tokens = least
+        passes.sparsify_linears(gm.graph, linears)
+        for fuse in passes.FUSIONS:
+            fuse(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        assert not [node for node in gm.graph.nodes if node.target in (ops.sparse_linear, ops.sparse_linears)]
+        assert {
+            note.name for node in gm.graph.nodes if node.target is ops.linears for note in node.meta[META]
+        }
+        same = [torch.allclose(*pair, atol=1e-10) for pair in zip(gm(X), module(X), strict=True)]
+        assert all(same) == (least == 11)
 
 
 def test_one_graph_serves_every_number_of_tokens():
