@@ -22,8 +22,7 @@ one row a sample; a residual has y's shape. All in y's dtype: a wider operand is
     h = cat([y, x], 1)                     →
 
 The layer writes its part of what is concatenated, and only x is copied, unless the run time chooses to run it
-dense. (A concatenation that a `sparsify`
-reads was folded there before.)
+dense. (A concatenation that a `sparsify` reads was folded there before.)
 """
 
 from __future__ import annotations

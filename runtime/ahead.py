@@ -55,13 +55,13 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
                 up, bias, gate, residual = (options.get(n) for n in ("lora_up", "bias", "gate", "residual"))
                 activation = options.get("activation", "none")
                 layer = operands.Layer(args[3], args[4], up, bias, activation, gate, residual)
-                units += _gemm_units(size, [layer], [options.get(side) for side in ops.SIDES[1:]])
+                units += _gemm_units(size, [layer], [options.get(side) for side in ops.SIDES], ops.SIDES)
             continue
         if node.target is ops.sparse_linears:
             size = sparsified.get(node.args[0].args[0])
             if size is not None:
                 layers = [operands.Layer(*layer) for layer in zip(*args[3:10], strict=True)]
-                units += _gemm_units(size, layers, args[10])
+                units += _gemm_units(size, layers, args[10], args[11])
             continue
         producer, inputs = args[:2]
         size = _size(producer, inputs)
@@ -77,7 +77,8 @@ def prepare(graph: fx.Graph, tensor_of: Callable[[fx.Node], Tensor | None]) -> l
         if node.target is ops.linears:
             names = "lora_ups", "biases", "activations", "gates", "residuals"
             lists = zip(args[2], args[2], *(options[name] for name in names), strict=True)
-            units += _gemm_units(size, [operands.Layer(*layer) for layer in lists], options["besides"])
+            layers = [operands.Layer(*layer) for layer in lists]
+            units += _gemm_units(size, layers, options["besides"], options["sides"])
     return build.prebuild(units)
 
 
@@ -109,15 +110,21 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _gemm_units(
-    size: _Size, layers: Sequence[operands.Layer], besides: Sequence[Tensor | None]
+    size: _Size, layers: Sequence[operands.Layer], besides: Sequence[Tensor | None], sides: Sequence[str]
 ) -> list[build.Unit]:
     """What the layers of one X launch. Their tensors may be fake: only sizes are read.
 
-    besides: rows above or below some of them, which give each sample a launch of its own.
+    besides: on these sides of them. Rows above or below give each sample a launch of its own (`placement`).
     """
     units = []
-    apart = max((_hint(rows.shape[0]) for rows in besides if rows is not None and rows.dim() == 3), default=1)
-    m = size.m if size.m // max(apart, 1) % layout.BLOCK_ROWS else size.m // max(apart, 1)
+    rows_beside = [
+        rows for rows, side in zip(besides, sides, strict=True) if rows is not None and side != "left"
+    ]
+    apart = max((_hint(rows.shape[0]) for rows in rows_beside), default=1)
+    tails = any(layer.gate is not None or layer.residual is not None for layer in layers)
+    m = size.m
+    if apart > 1 and not tails and not m // apart % layout.BLOCK_ROWS:
+        m //= apart
     hopper = kernels.is_hopper(size.device)
     known = [layer for layer in layers if layer.weight is not None]
     for group in gemm_sm90.groups(known) if hopper else [[i] for i in range(len(known))]:

@@ -353,13 +353,13 @@ def _linears(
 
     columns: for each LoRA branch four numbers, its layer, its first row of `lora_down`, its rank, and whether
     it compensates pruning (1), so that the dense layer has it not, or is the user's (0). The branches of a
-    layer follow each other as in the columns of its `lora_up`.
+    layer follow each other as in the columns of its `lora_up`. besides, sides: as `parts` takes them.
     """
     _check_version(version)
-    check_sides("linears", len(weights), besides, sides)
     branches = [columns[i : i + 4] for i in range(0, len(columns), 4)]
     m, _ = producer_shape(producer, inputs)
     if m < min_tokens:
+        check_sides("linears", len(weights), besides, sides)  # else `sparse_linears` does, once a call
         x = dense.produce(producer, inputs, eps, mult_offset)
         ys = [
             dense.linear(

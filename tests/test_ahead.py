@@ -104,7 +104,9 @@ def test_all_kernels_of_a_graph_are_compiled_ahead(driver, graph, monkeypatch, t
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_layers_with_rows_around_them_launch_once_a_sample(driver, graph, monkeypatch, samples):
+@pytest.mark.parametrize("side", ["top", "left"])
+def test_layers_with_rows_around_them_launch_once_a_sample(driver, graph, monkeypatch, side, samples):
+    """With columns beside it, all samples of a layer are one launch."""
     monkeypatch.setattr(kernels, "unavailable_reason", lambda device, dtype: None)
     monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
     monkeypatch.setattr(kernels, "_gemms", lambda device, dtype: gemm_sm90.prepare_all)
@@ -113,11 +115,19 @@ def test_layers_with_rows_around_them_launch_once_a_sample(driver, graph, monkey
     rows, widths = 2048, (48 * N, 48 * N)
     x = graph.known("x", samples, rows, K)
     weights = [graph.known(f"w{i}", n, K) for i, n in enumerate(widths)]
-    besides = [graph.known("b", samples, 5, widths[0]), None]
+    beside = graph.known("b", *((samples, 5, widths[0]) if side == "top" else (samples, rows, 64)))
     compressed = graph.call_function(ops.sparsify, ("identity", [x]))
     *parts, t = [graph.call_function(operator.getitem, (compressed, i)) for i in range(4)]
-    none = [None, None]
-    arguments = [t, t], weights, none, none, ["none"] * 2, none, none, besides, ["top", ""]
+    every = (
+        [t, t],
+        weights,
+        *[[None, None]] * 2,
+        ["none"] * 2,
+        *[[None, None]] * 2,
+        [beside, None],
+        [side, ""],
+    )
+    arguments = every if side == "top" else [one[:1] for one in every]
     graph.call_function(ops.sparse_linears, (*parts, *arguments))
     ahead.prepare(graph, graph.tensor_of)
 
@@ -125,7 +135,7 @@ def test_layers_with_rows_around_them_launch_once_a_sample(driver, graph, monkey
         return None if node is None else torch.zeros(*graph.tensor_of(node).shape, dtype=torch.bfloat16)
 
     *made, t = kernels._sparsify("identity", [launched(x)])
-    lists = [t, t], list(map(launched, weights)), *arguments[2:7], list(map(launched, besides))
-    kernels._sparse_linears(*made, *lists, arguments[8])
+    given = [t] * len(arguments[0]), *[list(map(launched, arguments[i])) for i in (1, 7)]
+    kernels._sparse_linears(*made, *given[:2], *arguments[2:7], given[2], arguments[8])
     assert set(asked) == {kernel.unit("sm_90a") for kernel, _, _ in driver.launches}
-    assert len(driver.launches) == 1 + samples
+    assert len(driver.launches) == 1 + (samples if side == "top" else 1)
